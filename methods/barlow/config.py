@@ -149,14 +149,14 @@ CIFAR10_R18_B128 = replace(
 SMALL = dict(
     **TINY,
     image_size=32,
-    projector=(256, 256, 256),
-    lambd=0.02,  # a narrow projector needs a larger weight: it has fewer pairs for each dimension
+    projector=(64, 128),  # as SimCLR's: a wide one drops the colours itself, and the features keep them
+    lambd=0.01,  # a narrow projector needs a larger weight: it has fewer pairs for each dimension
     loss_weight=1.0,
     blur=(0.0, 0.0),
     interpolation="bilinear",
     batch_size=256,
     base_lr=2.0,
-    base_lr_biases=0.1,
+    base_lr_biases=0.02,
     warmup_epochs=1,
     knn_every=5,
 )

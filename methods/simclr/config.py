@@ -141,7 +141,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         replace(CIFAR10_R18, backbone="resnet50", batch_size=1024),
     ),
     "cifar10-cpu": (
-        "CIFAR-10 on two cores: 4 MMAC ResNet, 30 epochs",
+        "CIFAR-10 on two cores: 4 MMAC ResNet, 5 epochs",
         replace(
             CIFAR10_R18,
             **TINY,
@@ -149,7 +149,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             temperature=0.2,
             crop_scale=(0.2, 1.0),
             interpolation="bilinear",
-            epochs=30,
+            epochs=5,
             batch_size=256,
             base_lr=3.0,
             warmup_epochs=1,

@@ -214,6 +214,9 @@ PRESETS: dict[str, tuple[str, Config]] = {
             freeze_prototypes=195,
             crop_scale=(0.2, 1.0),
             jitter=(0.4, 0.4, 0.4, 0.1),
+            optimizer="adamw",  # as lightly on CIFAR-10: Adam, 1e-3 per 128 images
+            lr=2e-3,
+            lr_end=0.0,
             epochs=5,
             save_every=500,
         ),
