@@ -345,6 +345,16 @@ def test_a_vit_runs_with_every_trick_and_keeps_what_is_frozen(tmp_path):
     load_backbone(tmp_path / "vit")
 
 
+@pytest.mark.soak
+def test_the_report_of_a_vit_shows_its_attention(tmp_path):
+    flags = ("--data", "shapes", "--normalize", "shapes", "--limit", 64, "--batch-size", 16, "--max-steps", 2)
+    code, text = run_command("methods.dino.train", "cifar10-vit", "--out", tmp_path, *flags, "--patch-size", 16,
+                             "--name", "vit", log=tmp_path / "log")  # fmt: skip
+    assert code == 0, text
+    page = (tmp_path / "vit" / "report.html").read_text()
+    assert "<h2>Attention</h2>" in page and "CLS token to the 2 x 2 patches" in page and "image 8, head 3" in page
+
+
 def test_options_of_vits_are_refused_for_a_resnet(tmp_path):
     code, text = run_command("methods.dino.train", *SMOKE, "--out", tmp_path, "--drop-path", 0.1, log=tmp_path / "log")
     assert code == 2 and "--drop-path is an option of ViTs" in text and "Traceback" not in text

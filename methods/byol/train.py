@@ -186,6 +186,13 @@ def main(preset: str, cfg: Config) -> None:
             "Is the predictor there? Lower the learning rate, or raise --ema-momentum: small batches need a slow one.",
         ),
         Watch(
+            "prediction_std",
+            below=0.05,
+            after=warmup_steps + loader.steps_per_epoch,
+            message="The predictor gives every image the same answer, the mean of all targets: one view says nothing "
+            "about the other yet. Views that share more, or another learning rate, may get it going.",
+        ),
+        Watch(
             "agreement",
             below=0.1,
             after=warmup_steps + loader.steps_per_epoch,
