@@ -3,10 +3,11 @@
     python -m eval runs/simclr-quickstart          on the run's own data, merged into its result.json
     python -m eval exported/backbone.safetensors --data cifar10 --out scores.json
     python -m eval resnet18 --pretrained --data imagenette --protocols knn,metrics
+    python -m eval runs/mine --protocols finetune,lowshot --finetune.epochs 30 --finetune.labels 1%,5000
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from common.cli import guarded
 from common.data import open_data
 from common.errors import UserError
 from common.files import write_whole
+from eval.features import pooled
+from eval.finetune import Recipe, recipe_for
 from eval.load import load, random_init
 from eval.protocols import DEFAULT, PROTOCOLS, check_names, check_protocols, evaluate, merge_rows, results_table
 
@@ -28,8 +31,8 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """Run directory, .safetensors file (its .json beside it) or timm model name."""
     protocols: str | None = None
-    """Comma-separated, out of knn, linear, linear-augmented, metrics, factors. Default: all that the data can serve
-    except linear-augmented, which is slow."""
+    """Comma-separated, out of knn, linear, linear-augmented, metrics, factors, finetune, lowshot. Default: all that the
+    data can serve except linear-augmented, finetune and lowshot, which are slow."""
     data: str | None = None
     """shapes, a hub name, or a path. Default for a run directory: the data it was trained on."""
     image_column: str | None = None
@@ -42,6 +45,9 @@ class Arguments:
     """Pixels. Default: the size the backbone was trained at."""
     pretrained: bool = False
     """For a timm name: its published weights instead of random ones."""
+    pool: str = "auto"
+    """What of a ViT the frozen protocols read: cls, mean (of the patch tokens), last-N (class tokens of N blocks).
+    auto: as the network itself does."""
     augmented_epochs: int = 100
     """Epochs of linear-augmented."""
     batch_size: int = 512
@@ -52,6 +58,8 @@ class Arguments:
     """Seed of the probes and of the random weights. Default: the run's, else 0."""
     out: Path | None = None
     """File for the result as JSON. Default for a run directory on its own data: merged into its result.json."""
+    finetune: Recipe = field(default_factory=Recipe)
+    """Of finetune and lowshot. What is None has a default that depends on the network and the image size."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,6 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     directory = Path(args.run) if Path(args.run).is_dir() else None
     config = _run_config(directory) if directory else {}
     backbone, spec = load(args.run, pretrained=args.pretrained)
+    pooled(backbone, args.pool)  # mistakes in the options: before any image is read
+    if {"finetune", "lowshot"} & set(protocols):
+        recipe_for(backbone, args.image_size or spec.image_size, args.finetune, args.pool)
     image_size, seed = args.image_size or spec.image_size, config.get("seed", 0) if args.seed is None else args.seed
 
     data = args.data or config.get("data")
@@ -76,12 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     train = open_data(data, split="train", image_size=image_size, **options)
     test = open_data(data, split="test", image_size=image_size, **{**options, "limit": args.limit})
     if args.protocols is not None:  # asked for by name: an error instead of a note
-        check_protocols(protocols, train, test)
+        check_protocols(protocols, train, test, args.finetune)
 
     console = Console(soft_wrap=True, highlight=False)
     result = evaluate(backbone, train, test, image_size=image_size, mean=spec.mean, std=spec.std, protocols=protocols,
                       random_init=random_init(spec, seed), device=device, seed=seed, batch_size=args.batch_size,
-                      augmented_epochs=args.augmented_epochs, log=lambda line: console.print(line, markup=False))
+                      augmented_epochs=args.augmented_epochs, pool=args.pool, recipe=args.finetune,
+                      log=lambda line: console.print(line, markup=False))
     console.print(results_table(result.rows, title=f"{args.run} on {train.name}: {len(train):,} training images, "
                                                    f"{len(test):,} test images, {image_size} px"))
     card = (directory / "result.json") if directory and own_data and args.image_size is None else None

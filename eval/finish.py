@@ -12,6 +12,7 @@ from common.backbones import BackboneSpec, multiply_adds
 from common.files import write_whole
 from common.run import Run
 from eval.features import extract_features
+from eval.finetune import NOTHING, Recipe
 from eval.knn import knn_accuracy
 from eval.load import load, random_init
 from eval.protocols import DEFAULT, evaluate, results_table
@@ -48,11 +49,14 @@ def finish(
     references: Mapping[str, tuple[float, str]] | None = None,
     extra_sections: Sequence[tuple[str, str]] = (),
     protocols: Sequence[str] = DEFAULT,
+    pool: str = "auto",
+    finetuning: Recipe = NOTHING,
 ) -> dict:
     """Score the exported backbone of `run.directory`, write `result.json` and `report.html`, print the table.
 
     What is scored is the exported file, loaded as anybody would load it. `signals`: logged name -> its meaning;
-    `references`: logged name -> (level, name), e.g. a chance level. Returns the result card.
+    `references`: logged name -> (level, name), e.g. a chance level. `pool`: tokens of a ViT for the frozen protocols;
+    `finetuning`: of finetune and lowshot, where `protocols` has them. Returns the result card.
     """
     device, seed = run.accelerator.device, run.seed
     backbone, spec = load(run.directory)
@@ -68,6 +72,8 @@ def finish(
         device=device,
         seed=seed,
         workers=run.cfg.workers,
+        pool=pool,
+        recipe=finetuning,
         log=run.say,
     )
     card = {
@@ -127,6 +133,8 @@ def describe_backbone(spec: BackboneSpec, backbone: torch.nn.Module) -> str:
     ]
     changes += [f"stem width {spec.stem_width}"] if spec.stem_width != 64 else []
     changes += [f"{spec.norm} norm"] if spec.norm != "batch" else []
+    sizes = ("img_size", "dynamic_img_size")
+    changes += [f"{name} {value}" for name, value in spec.arguments.items() if name not in sizes]
     cost = f"{multiply_adds(backbone, spec.image_size) / 1e6:.4g} MMAC at {spec.image_size} px"
     return ", ".join([spec.name, *changes, cost])
 

@@ -207,6 +207,7 @@ def linear_probe_augmented(
     seed: int = 0,
     device: torch.device | str = "cpu",
     workers: int = 2,
+    batch_norm: bool = False,
 ) -> ProbeResult:
     """SimCLR's probe (arXiv:2002.05709, App. B.6): the frozen backbone, in eval mode, reads a fresh random resized crop
     (8 to 100 % of the area) and flip of every training image in every epoch.
@@ -215,6 +216,10 @@ def linear_probe_augmented(
     head from zeros. The paper's base is 0.1; here all bases of `rates` are trained in the same pass, twice: a first set
     of heads that never sees a tenth of the training images and chooses the base on their centre crops, and a second set
     that sees all and is tested. So the backbone runs once per batch and nothing is chosen on test.
+
+    `batch_norm`: MAE's head for ViTs (arXiv:2111.06377, App. A.1): a BatchNorm without scale and shift (eps 1e-6), then
+    the linear layer. It normalises by the batch in training and by its running statistics afterwards, which are of
+    all training images, those that choose the base included (their labels are not).
 
     `train` is the image store, `train_x`, `test_x` the features of its and the test set's centre crops in store order;
     labels below 0 mean none. Raises UserError for fewer than 20 labelled images.
@@ -230,17 +235,20 @@ def linear_probe_augmented(
     steps, heads = epochs * loader.steps_per_epoch, len(rates)
     bank = HeadBank(train_x.shape[1], num_classes, 2 * heads, device)
     lr = torch.tensor([*rates, *rates], dtype=torch.float32, device=device) * batch_size / 256
+    norm = nn.BatchNorm1d(train_x.shape[1], eps=1e-6, affine=False) if batch_norm else nn.Identity()
+    norm.to(device)
     with frozen(backbone):
         for step in range(steps):
             batch = loader(step)
             index = batch.indices.cpu()
             keep = torch.cat([fits[index, None].expand(-1, heads), counts[index, None].expand(-1, heads)], 1)
-            bank.step(forward_features(backbone, batch.views[0]), train_y[index].clamp_min(0).to(device),
+            bank.step(norm(forward_features(backbone, batch.views[0])), train_y[index].clamp_min(0).to(device),
                       lr * cosine(step, steps), keep.to(device))
-    accuracies = bank.accuracies(train_x[held_out].to(device), train_y[held_out].to(device))
+    norm.eval()
+    accuracies = bank.accuracies(norm(train_x[held_out].to(device)), train_y[held_out].to(device))
     validation = dict(zip(rates, accuracies[:heads], strict=True))
     best = max(rates, key=lambda rate: (validation[rate], -rate))
-    predictions = bank.predict(test_x.to(device), heads + list(rates).index(best)).cpu()
+    predictions = bank.predict(norm(test_x.to(device)), heads + list(rates).index(best)).cpu()
     return ProbeResult(top1(predictions, test_y), best, validation, predictions)
 
 

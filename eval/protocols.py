@@ -1,10 +1,13 @@
 """One evaluation for all methods: the same code and the same constants, the two baselines in the same table.
 
 `evaluate` runs the asked protocols on frozen features of the backbone, of raw pixels and of the same network with
-random weights. What is chosen (learning rates, penalties) is chosen on a part of the training set; test is read once.
+random weights; fine-tuning trains copies of the backbone and of that network. What is chosen (learning rates,
+penalties) is chosen on a part of the training set; test is read once.
 A new protocol is a function (Context, Subject) -> rows and a line in `PROTOCOLS`.
 """
 
+import copy
+import dataclasses
 import difflib
 import math
 import time
@@ -20,8 +23,9 @@ from common.augment import ViewRecipe
 from common.data import ViewLoader
 from common.errors import UserError
 from common.shapes import FACTORS, render
-from eval import knn, linear, metrics, probes
-from eval.features import RawPixels, extract_features, forward_features, frozen, normaliser
+from eval import finetune, knn, linear, metrics, probes
+from eval.features import Pooled, RawPixels, extract_features, forward_features, frozen, normaliser, pooled, pooling
+from eval.finetune import NOTHING, Recipe
 
 DEFAULT = ("knn", "linear", "metrics", "factors")
 LABEL_FREE_IMAGES = 10_000  # spectra of more rows cost more and say the same
@@ -55,6 +59,10 @@ class Context:
     batch_size: int
     augmented_epochs: int
     workers: int
+    pooling: str | None  # of a ViT's tokens, None for other networks
+    pool: str
+    recipe: Recipe
+    log: Callable[[str], None]
 
     def labelled(self, subject: Subject) -> dict[str, Tensor]:
         """train_x, train_y, test_x, test_y of the images that have a label (a negative one means none)."""
@@ -73,10 +81,15 @@ class Context:
             return f"shorter side resized to {round(self.image_size / 0.875)}, centre crop of {self.image_size} px"
         return f"whole image at {self.image_size} px (centre square)"
 
+    @property
+    def classes(self) -> int:
+        return 1 + max(int(self.train.labels.max()), int(self.test.labels.max()), len(self.train.class_names or ()) - 1)
+
     def settings(self, **own) -> dict:
         """A row's settings: what all protocols share, then its own."""
+        tokens = {} if self.pooling is None else {"pooling": self.pooling}
         return {"image_size": self.image_size, "geometry": self.geometry, "features": "backbone, eval mode, frozen",
-                "train_images": len(self.train), "test_images": len(self.test), **own}
+                "train_images": len(self.train), "test_images": len(self.test), **tokens, **own}
 
 
 @dataclass
@@ -137,8 +150,7 @@ def _linear_sentence(context: Context, n: int, test_n: int) -> str:
 
 def _linear(context: Context, subject: Subject) -> list[dict]:
     data = context.labelled(subject)
-    classes = 1 + max(int(data["train_y"].max()), int(data["test_y"].max()), len(context.train.class_names or ()) - 1)
-    result = linear.linear_probe(**data, num_classes=classes, seed=context.seed, device=context.device)
+    result = linear.linear_probe(**data, num_classes=context.classes, seed=context.seed, device=context.device)
     subject.label_probe = result
     n, test_n = len(data["train_y"]), len(data["test_y"])
     return [_row("linear", "label", "top-1", result.accuracy, _cached_settings(context, n),
@@ -150,14 +162,18 @@ def _linear_augmented(context: Context, subject: Subject) -> list[dict]:
     result = linear.linear_probe_augmented(
         subject.module, context.train, subject.train_x, context.train.labels, data["test_x"], data["test_y"],
         image_size=context.image_size, mean=context.mean, std=context.std, epochs=context.augmented_epochs,
-        seed=context.seed, device=context.device, workers=context.workers)
+        seed=context.seed, device=context.device, workers=context.workers, batch_norm=context.pooling is not None)
     n, epochs, rates = len(data["train_y"]), context.augmented_epochs, linear.BASE_LEARNING_RATES
     settings = _linear_settings(context, n, standardised=False, batch_size=256, epochs=epochs,
                                 base_learning_rates=list(rates),
                                 augmentation="random resized crop (area 0.08 to 1, bilinear) and flip")
-    text = (f"Linear classifier on the frozen backbone as in SimCLR's App. B.6: every epoch a new random resized crop "
-            f"(8 to 100 % of the area) and flip of each of the {n:,} training images; SGD with Nesterov momentum 0.9, "
-            f"cosine, no weight decay, batch 256, {epochs} epochs; base learning rate (times batch / 256) out of "
+    norm = ""
+    if context.pooling is not None:
+        settings["head"] = "BatchNorm without scale and shift (eps 1e-6), linear"
+        norm = ", behind a BatchNorm without scale and shift as MAE's"
+    text = (f"Linear classifier{norm} on the frozen backbone as in SimCLR's App. B.6: every epoch a new random resized "
+            f"crop (8 to 100 % of the area) and flip of each of the {n:,} training images; SGD with Nesterov momentum "
+            f"0.9, cosine, no weight decay, batch 256, {epochs} epochs; base learning rate (times batch / 256) out of "
             f"{len(rates)} from {min(rates):g} to {max(rates):g}, chosen on a tenth of the training images; tested "
             f"once on {len(data['test_y']):,} images ({context.geometry}).")
     return [_row("linear-augmented", "label", "top-1", result.accuracy, settings, text,
@@ -257,6 +273,64 @@ def _invariance(context: Context, subject: Subject) -> list[dict]:
             for name, value in profile.items()]
 
 
+def _finetune(context: Context, subject: Subject) -> list[dict]:
+    labelled = (context.train.labels >= 0).nonzero().flatten()
+    return _finetuned(context, subject, "finetune", labelled, "all labelled images", {})
+
+
+def _lowshot(context: Context, subject: Subject) -> list[dict]:
+    labels, seed, rows = context.train.labels, context.recipe.subset_seed, []
+    for name, count in finetune.label_counts(context.recipe.labels, labels).items():
+        images = finetune.label_subset(labels, count, seed)
+        about = f"{count:,} labelled images, equally many of every class, the same in every run (subset seed {seed})"
+        own = {"subset": "equally many of every class, in the order of one random permutation of the images",
+               "subset_seed": seed, "subset_hash": finetune.subset_hash(images)}
+        rows += _finetuned(context, subject, f"lowshot-{name}", images, about, own)
+    return rows
+
+
+def _finetuned(context: Context, subject: Subject, protocol: str, images: Tensor, about: str, own: dict) -> list[dict]:
+    """The row of the backbone, or for random weights a row a baseline, under the baseline's own name."""
+    if subject.name == RAW:
+        return []
+    backbone = subject.module.backbone if isinstance(subject.module, Pooled) else subject.module
+    recipe = finetune.recipe_for(backbone, context.image_size, context.recipe, context.pool)
+    recipe = finetune.planned(recipe, len(images))
+    runs = {subject.name: recipe}
+    if subject.name == RANDOM:  # one rate for all layers: a lower one below is for weights that were learnt
+        runs = {RANDOM if times == 1 else f"{RANDOM}, {times}x epochs": dataclasses.replace(
+            recipe, epochs=times * recipe.epochs, layer_decay=1.0) for times in finetune.multiples(recipe.scratch)}
+    rows = []
+    for name, chosen in runs.items():
+        result = finetune.finetune(
+            copy.deepcopy(backbone), finetune.subset(context.train, images), context.test, chosen,
+            image_size=context.image_size, mean=context.mean, std=context.std, num_classes=context.classes,
+            seed=context.seed, device=context.device, batch_size=context.batch_size, workers=context.workers,
+            log=lambda line, name=name: context.log(f"evaluation: {protocol}, {name}: {line}"))
+        settings = context.settings(**recipe.settings(), **own, labelled_train_images=len(images), lr_scaling="linear",
+                                    schedule="cosine", selection="none: the network of the last step")
+        settings["features"] = "backbone, trained together with a linear head"
+        if context.pooling is not None:  # the head's, which need not be that of the frozen features
+            settings["pooling"] = pooling(pooled(backbone, recipe.pool))
+        rows.append(_row(protocol, "label", "top-1", result.accuracy, settings, _finetune_sentence(
+            context, recipe, about), details=result.details, baseline=name))
+    return rows
+
+
+def _finetune_sentence(context: Context, r: Recipe, about: str) -> str:
+    parts = [f"crop of {100 * r.crop:g} to 100 % of the area and flip"]
+    parts += [f"RandAugment {r.rand_augment}"] * (r.rand_augment != "none")
+    parts += [f"{name} {value:g}" for name, value in (("random erasing", r.erase), ("mixup", r.mixup), (
+        "cutmix", r.cutmix), ("label smoothing", r.smoothing), ("drop path", r.drop_path)) if value]
+    optimizer = {"adamw": "AdamW", "sgd": "SGD with Nesterov momentum 0.9"}[r.optimizer]
+    decay = f", each layer {r.layer_decay:g} times the one above" if r.layer_decay < 1 else ""
+    return (f"The whole network trained with a new linear head on {about}: {optimizer}, rate {r.base_lr:g} times batch "
+            f"/ 256{decay}, weight decay {r.weight_decay:g}, batch {r.batch_size}, {r.epochs} epochs, "
+            f"{r.warmup_epochs:g} of them warm-up, cosine; {', '.join(parts)}; the last step's network tested once on "
+            f"{int((context.test.labels >= 0).sum()):,} images ({context.geometry}). Random init: the same from random "
+            "weights, with one rate for all layers.")
+
+
 @dataclass(frozen=True)
 class Protocol:
     """A name on the command line: what it computes and what the data must have ("labels", "factors" or nothing)."""
@@ -264,6 +338,8 @@ class Protocol:
     run: Callable[[Context, Subject], list[dict]]
     needs: str | None
     about: str
+    frozen: bool = True
+    """Reads frozen features; otherwise it trains the network itself, and raw pixels are no baseline."""
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -272,6 +348,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "linear-augmented": Protocol(_linear_augmented, "labels", "linear probe on augmented inputs, 100 epochs (slow)"),
     "metrics": Protocol(_label_free, None, "RankMe, rank, alpha-ReQ, feature std, uniformity, alignment"),
     "factors": Protocol(_factors, "factors", "a probe per known factor and the invariance profile (shapes only)"),
+    "finetune": Protocol(_finetune, "labels", "the whole network trained with all labels (slow)", frozen=False),
+    "lowshot": Protocol(_lowshot, "labels", "the whole network trained with few labels (slow)", frozen=False),
 }
 
 
@@ -287,8 +365,9 @@ def check_names(protocols: Iterable[str]) -> None:
             raise UserError(f"unknown evaluation protocol {name!r}: {hint}protocols are {', '.join(PROTOCOLS)}.")
 
 
-def cannot_run(protocols: Iterable[str], train, test) -> dict[str, str]:
+def cannot_run(protocols: Iterable[str], train, test, recipe: Recipe = NOTHING) -> dict[str, str]:
     """Which of `protocols` these data cannot serve, and the reason of each. Raises UserError for an unknown name."""
+    protocols = list(protocols)
     check_names(protocols)
     reasons = {}
     for name in protocols:
@@ -302,12 +381,17 @@ def cannot_run(protocols: Iterable[str], train, test) -> dict[str, str]:
             sizes = " and ".join(str(len(store.class_names or [])) for store in (train, test))
             reasons[name] = (f"training and test images of {train.name!r} have different lists of classes ({sizes}), "
                              "so their labels do not match")
+    if "lowshot" in protocols and "lowshot" not in reasons:
+        try:
+            finetune.label_counts(recipe.labels, train.labels)
+        except UserError as error:
+            reasons["lowshot"] = str(error)
     return reasons
 
 
-def check_protocols(protocols: Iterable[str], train, test) -> None:
+def check_protocols(protocols: Iterable[str], train, test, recipe: Recipe = NOTHING) -> None:
     """Raise UserError for an unknown protocol, or one that these data cannot serve. Call it before the training."""
-    for reason in cannot_run(protocols, train, test).values():
+    for reason in cannot_run(protocols, train, test, recipe).values():
         raise UserError(f"{reason}.")
 
 
@@ -326,23 +410,35 @@ def evaluate(
     batch_size: int = 512,
     augmented_epochs: int = 100,
     workers: int = 2,
+    pool: str = "auto",
+    recipe: Recipe = NOTHING,
     log: Callable[[str], None] = print,
 ) -> Evaluation:
     """Run `protocols` on `backbone` and on the baselines; `train` and `test` are stores, modules are moved to `device`.
 
     A row is {"protocol", "target", "metric", "value", "settings", "text", "baselines", and where something was chosen
     "chosen"}: accuracies in percent, `settings` everything that defines the protocol, `text` one sentence, `baselines`
-    {"raw pixels": value, "random init": value}.
+    {"raw pixels": value, "random init": value}; fine-tuning has random weights trained for as many and for three times
+    the epochs, and as "details" what no comparison depends on.
+    `pool`: which tokens of a ViT are its features (`eval.features.Pooled`); `recipe`: of fine-tuning.
     Protocols that the data cannot serve are skipped, logged, and listed with their reason in `.skipped`; to stop
     instead, call `check_protocols` first. A value that is not defined (NaN) leaves its row or baseline out.
     Raises UserError for an unknown protocol, an empty store or features that are not finite.
     """
     protocols = list(dict.fromkeys(protocols))
-    skipped = cannot_run(protocols, train, test)
+    skipped = cannot_run(protocols, train, test, recipe)
     for name, reason in skipped.items():
         log(f"evaluation: {name} is skipped: {reason}.")
-    context = Context(train, test, image_size, mean, std, device, seed, batch_size, augmented_epochs, workers)
-    subjects = {"backbone": backbone, RAW: RawPixels()} | ({} if random_init is None else {RANDOM: random_init})
+    asked = [PROTOCOLS[name] for name in protocols if name not in skipped]
+    if not all(protocol.frozen for protocol in asked):  # its errors now, not after hours
+        finetune.recipe_for(backbone, image_size, recipe, pool)
+    subjects = {"backbone": pooled(backbone, pool)}
+    if any(protocol.frozen for protocol in asked):
+        subjects[RAW] = RawPixels()
+    if random_init is not None:
+        subjects[RANDOM] = pooled(random_init, pool)
+    context = Context(train, test, image_size, mean, std, device, seed, batch_size, augmented_epochs, workers,
+                      pooling(subjects["backbone"]), pool, recipe, log)
     evaluation = Evaluation([], torch.empty(0), torch.empty(0), skipped)
     if "knn" in protocols and "knn" not in skipped:
         n = int((train.labels >= 0).sum())
@@ -353,12 +449,14 @@ def evaluate(
         start = time.perf_counter()
         module = module.to(device)
         extract = {"image_size": image_size, "mean": mean, "std": std, "device": device, "batch_size": batch_size}
-        x = [extract_features(module, store, **extract) for store in (train, test)]
+        if name == "backbone" or any(protocol.frozen for protocol in asked):
+            x = [extract_features(module, store, **extract) for store in (train, test)]
         subject = Subject(name, module, *x)
-        rows = [row for p in protocols if p not in skipped for row in PROTOCOLS[p].run(context, subject)]
+        rows = [row for protocol in asked for row in protocol.run(context, subject)]
         if name == "backbone":
             evaluation.train_features, evaluation.test_features = x
-            evaluation.rows = [{**row, "baselines": {}} for row in rows if not math.isnan(row["value"])]
+            evaluation.rows = [{**{key: row[key] for key in row if key != "baseline"}, "baselines": {}}
+                               for row in rows if not math.isnan(row["value"])]
             for row in rows:
                 if math.isnan(row["value"]):
                     log(f"evaluation: {row['metric']} of {row['target']} is not defined on these images and left out.")
@@ -367,13 +465,13 @@ def evaluate(
                     log(f"evaluation: {row['protocol']} of {row['target']} chose learning rate {rate:g}, the edge of "
                         "its sweep: a better one may lie outside.")
         else:
-            values = {_key(row): row["value"] for row in rows if not math.isnan(row["value"])}
-            for row in evaluation.rows:
-                if _key(row) in values:
-                    row["baselines"][name] = values[_key(row)]
+            own = {_key(row): row for row in evaluation.rows}
+            for row in rows:
+                if _key(row) in own and not math.isnan(row["value"]):
+                    own[_key(row)]["baselines"][row.get("baseline", name)] = row["value"]
         log(f"evaluation: {name}, {x[0].shape[1]} features, {time.perf_counter() - start:.1f} s")
     if RAW in subjects and image_size > RawPixels().largest:
-        for row in evaluation.rows:
+        for row in (row for row in evaluation.rows if RAW in row["baselines"]):
             row["text"] += f" Raw pixels: the image shrunk to {RawPixels().largest} px."
     return evaluation
 
@@ -390,15 +488,18 @@ def merge_rows(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
 
 
 def results_table(rows: Iterable[dict], title: str | None = None) -> Table:
-    """The rows as a rich table: value beside both baselines."""
+    """The rows as a rich table: value beside the baselines."""
+    rows = list(rows)
+    found = dict.fromkeys(name for row in rows for name in row["baselines"])
+    baselines = sorted(found, key=lambda name: (RAW, RANDOM).index(name) if name in (RAW, RANDOM) else 2)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("protocol", "target", "metric"):
         table.add_column(header, no_wrap=True)
-    for header in ("value", RAW, RANDOM):
+    for header in ("value", *baselines):
         table.add_column(header, justify="right")
     for row in rows:
         form = "{:.1f} %" if row["metric"] == "top-1" else "{:.2f}"
-        values = [row["value"], *(row["baselines"].get(name) for name in (RAW, RANDOM))]
+        values = [row["value"], *(row["baselines"].get(name) for name in baselines)]
         cells = ["" if value is None else form.format(value) for value in values]
         table.add_row(row["protocol"], row["target"], row["metric"], *cells)
     return table
