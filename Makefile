@@ -25,6 +25,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.mae
 	$(BIN)/python -m benchmarks.loading
 
 .venv/ready: requirements.txt ci/setup

@@ -487,8 +487,8 @@ def _evaluation(card: Mapping) -> str:
             body.append(f'<tr><th scope="row">{escape(str(target))}</th><td>{escape(metric)}{own}</td>'
                         f"{''.join(values)}</tr>")
     html = ('<p class="muted">Unless a row says that the network was trained, the backbone is frozen and in eval mode; '
-            "weights are those of the last step, nothing was chosen on the test set. Accuracies are percentages. Each row "
-            "has the same protocol applied to the baselines.</p>"
+            "weights are those of the last step, nothing was chosen on the test set. Accuracies are percentages. Each "
+            "row has the same protocol applied to the baselines.</p>"
             f'<div class="scroll" tabindex="0"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(body)}</tbody>'
             "</table></div>")
     if notes:
