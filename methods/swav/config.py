@@ -41,7 +41,7 @@ class Config(RunConfig):
     sync_bn: bool = True
     """BatchNorm over all ranks. Code: groups of 8 GPUs at batch 4096, all of them at 256."""
     hidden_dim: int = 2048
-    """Hidden layer of the projector. Code: --hidden_mlp 2048."""
+    """Hidden layer of the projector; 0: a linear projector. Code: --hidden_mlp 2048, 0 likewise."""
     projector_dim: int = 128
     """Width of the projections. Code: --feat_dim 128."""
 

@@ -47,12 +47,9 @@ class SwAV(nn.Module):
     def __init__(self, backbone: nn.Module, hidden_dim: int, projector_dim: int, prototypes: int):
         super().__init__()
         self.backbone = backbone
-        self.projector = nn.Sequential(
-            nn.Linear(backbone.num_features, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, projector_dim),
-        )
+        width = backbone.num_features
+        hidden = [nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)] if hidden_dim else []
+        self.projector = nn.Sequential(*hidden, nn.Linear(hidden_dim or width, projector_dim))
         self.prototypes = nn.Linear(projector_dim, prototypes, bias=False)
         self.normalize_prototypes()
 
