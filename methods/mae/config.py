@@ -151,6 +151,7 @@ SHAPES = Config(
     base_lr=3e-3,
     warmup_epochs=2,
     lowshot="10%",
+    lowshot_epochs=40,
     save_every=500,
 )
 
@@ -175,12 +176,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "cifar10-cpu": (
-        "CIFAR-10 on two cores: ViT of width 96 and depth 4, patches of 4 px, 30 epochs",
+        "CIFAR-10 on two cores: ViT of width 96 and depth 4, patches of 4 px, 15 epochs",
         Config(
             **TINY,
             data="cifar10",
             normalize="cifar10",
-            epochs=30,
+            epochs=15,
             batch_size=256,
             base_lr=1.5e-3,
             warmup_epochs=2,

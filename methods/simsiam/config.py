@@ -62,7 +62,7 @@ class Config(RunConfig):
     """Resampling of crops. Code: torchvision's default."""
 
     # ---- optimisation
-    optimizer: Literal["sgd", "lars"] = "sgd"
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     """Paper section 3 and code: SGD, and no need of LARS. lars is for the narrow networks of the small presets."""
     epochs: int = 800
     """Paper App. D: 800 on CIFAR-10; code: 100 on ImageNet."""

@@ -160,10 +160,13 @@ def main(preset: str, cfg: Config) -> None:
     # ---- optimiser and schedule ------------------------------------------------------------------------------------
     # SGD decays everything, biases and norms too (code); LARS leaves those alone.
     groups = parameter_groups(model, weight_decay=cfg.weight_decay, decay_vectors=cfg.optimizer == "sgd")
-    if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum)
-    else:
-        optimizer = LARS(groups, lr=0.0, momentum=cfg.momentum, momentum_form="lr-outside")
+    match cfg.optimizer:
+        case "sgd":
+            optimizer = torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum)
+        case "lars":
+            optimizer = LARS(groups, lr=0.0, momentum=cfg.momentum, momentum_form="lr-outside")
+        case "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=0.0)
     total_steps = cfg.epochs * loader.steps_per_epoch
     warmup_steps = int(cfg.warmup_epochs * loader.steps_per_epoch)
     peak_lr = scaled_lr(cfg.base_lr, cfg.batch_size, "linear")
