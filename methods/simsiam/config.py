@@ -136,7 +136,10 @@ IMAGENET_R50 = Config(
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, 4 MMAC ResNet: minutes on two cores, to see SimSiam learn", SHAPES),
+    "quickstart": (
+        "embedded shapes, 4 MMAC ResNet: minutes on two cores; does not learn the figures, see README",
+        replace(SHAPES, projector=(64, 64), predictor_hidden=32, optimizer="adamw", base_lr=4e-3),
+    ),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, knn_every=0, log_every=2, save_every=4),
