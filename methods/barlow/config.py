@@ -167,7 +167,7 @@ SHAPES = Config(
     normalize="shapes",
     crop_scale=(0.3, 1.0),
     jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes colour would otherwise solve the task
-    epochs=50,
+    epochs=40,
     save_every=200,
 )
 

@@ -196,7 +196,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             temperature=0.15,
             epsilon=0.025,  # codes much sharper than predictions: at .1 and .05 the loss stays at ln K on shapes
             optimizer="adamw",
-            epochs=50,
+            epochs=40,
             lr=4e-3,
             lr_end=1e-5,
         ),
