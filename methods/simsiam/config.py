@@ -63,7 +63,7 @@ class Config(RunConfig):
 
     # ---- optimisation
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
-    """Paper section 3 and code: SGD, and no need of LARS. lars is for the narrow networks of the small presets."""
+    """Paper section 3 and code: SGD, and no need of LARS. lars and adamw are for narrow networks."""
     epochs: int = 800
     """Paper App. D: 800 on CIFAR-10; code: 100 on ImageNet."""
     batch_size: int = 512
