@@ -730,7 +730,7 @@ def _tick_names(baselines: Iterable[Mapping]) -> str:
         ("." if names else "")
 
 
-def _invariance(card: Mapping, invariance: Mapping[str, float] | None, text: str) -> str:
+def _invariance(card: Mapping, invariance: Mapping[str, float] | None, text: str, pairs: bool) -> str:
     shapes = str(card["data"]["name"]).startswith("shapes")
     rows, parts = [r for r in card.get("evaluations") or [] if r["protocol"] == "invariance"], []
     marks = {r["target"]: r["baselines"] for r in rows}
@@ -765,7 +765,7 @@ def _invariance(card: Mapping, invariance: Mapping[str, float] | None, text: str
                           + bar_chart(items, metric=metric, high=100.0 if is_percent(metric) else 1.0,
                                       alt=f"Factor probes, {metric}") + "</figure>")
         parts.append(f'<div class="charts wide">{"".join(charts)}</div>')
-    if shapes:
+    if shapes and pairs:  # what two views share: a method of one view has no such shortcut
         textured = card["data"]["name"] != "shapes"
         told = ("This run has it: its images carry strong background stripes that both views share." if textured else
                 "The backgrounds of this run are plain. Give every image strong background stripes "
@@ -860,13 +860,14 @@ def write_report(
         features = features.nan_to_num(0.0, 0.0, 0.0)
     curves = _curves(metrics, card, references or {})
     rows = card.get("evaluations") or []
+    pairs = views is None or (views.shape[1] if isinstance(views, Tensor) else len(views)) > 1
     sections = [
         ("Training", _training(curves)),
         ("Evaluation", _evaluation(card)),
         ("What the model sees", _views(views, originals, view_text)),
         ("Nearest neighbours", _neighbours(test_images, features, labels, class_names)),
         ("Map of the features", _map(test_images, features, labels, class_names)),
-        ("Invariance", _invariance(card, invariance, invariance_text)),
+        ("Invariance", _invariance(card, invariance, invariance_text, pairs)),
         *extra_sections,
         ("Signs of collapse", _collapse(curves, rows, signals or {})),
         ("Settings", _settings_section(card)),

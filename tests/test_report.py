@@ -244,6 +244,8 @@ def test_degenerate_runs(tmp_path):
 def test_shapes_explain_suppression_and_invariance(tmp_path):
     _, page = write(tmp_path)
     assert "shapes-textured" in page.said and "Feature suppression" in page.said and "0.900" in page.said
+    _, page = write(tmp_path, views=arguments()["views"][:, :1])  # one view shares nothing with another
+    assert "Feature suppression" not in page.said
     text, page = write(tmp_path, invariance=None)  # then the card's own rows, with their baselines
     assert "0.123" in page.said and "tick: raw pixels" in page.said
     assert "Movement of the features by factor: hue 0.123" in text
