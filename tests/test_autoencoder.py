@@ -157,8 +157,8 @@ def test_nothing_passes_the_bottleneck_by(latent_from):
     with torch.no_grad():
         model.to_latent.weight.zero_()
         output, features = model(torch.randn(5, 3, 16, 16))
-    assert torch.equal(output, output[:1].expand_as(output)) and features.std(0).sum() > 0
-    torch.testing.assert_close(features, model.backbone(images(5, 3, 16, 16).float()) * 0 + features)
+    torch.testing.assert_close(output, output[:1].expand_as(output))  # to rounding: threads share a batch in parts
+    assert features.std(0).sum() > 0
     x = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(model(x)[1], model.backbone(x))  # the features are what evaluation sees
 
