@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import wraps
 from statistics import median
 from types import ModuleType
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from unittest.mock import patch
 import torch
 import tyro
 from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from common.data import ViewLoader
 from common.run import Run
@@ -54,6 +56,7 @@ class Clock:
         return time.perf_counter()
 
     def part(self, name: str, function: Callable) -> Callable:
+        @wraps(function)
         def timed(*args, **kwargs):
             start = self.now()
             result = function(*args, **kwargs)
@@ -64,6 +67,7 @@ class Clock:
         return timed
 
     def steps_of(self, function: Callable) -> Callable:
+        @wraps(function)
         def timed(*args, **kwargs):
             for step in function(*args, **kwargs):
                 self.steps.append(defaultdict(float))
@@ -104,13 +108,12 @@ def measure(method: str, args: Arguments, folder: str) -> dict[str, float]:
             stack.enter_context(patch.object(owner, name, clock.part(part, getattr(owner, name))))
         stack.enter_context(patch.object(Run, "steps", clock.steps_of(Run.steps)))
         starts: list[float] = []
-        hooks = torch.optim.optimizer
-        before = hooks.register_optimizer_step_pre_hook(lambda *_: starts.append(clock.now()))
+        before = register_optimizer_step_pre_hook(lambda *_: starts.append(clock.now()))
 
         def after(*_) -> None:
             clock.steps[-1]["optimiser"] += clock.now() - starts.pop()
 
-        behind = hooks.register_optimizer_step_post_hook(after)
+        behind = register_optimizer_step_post_hook(after)
         try:
             train.main(args.preset, cfg)
         finally:
