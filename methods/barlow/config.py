@@ -149,7 +149,7 @@ CIFAR10_R18_B128 = replace(
 SMALL = dict(
     **TINY,
     image_size=32,
-    projector=(64, 128),  # as SimCLR's: a wide one drops the colours itself, and the features keep them
+    projector=(64, 128),  # as SimCLR's; behind a wide one the features kept the colours in short trials
     lambd=0.01,  # a narrow projector needs a larger weight: it has fewer pairs for each dimension
     loss_weight=1.0,
     blur=(0.0, 0.0),
