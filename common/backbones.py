@@ -2,10 +2,15 @@
 
 An export is `backbone.safetensors` (plain timm keys) with `backbone.json` beside it: timm name and arguments, image
 size, mean/std, and `rebuild`, the few lines of plain Python that make the network without this repository.
+
+A method whose encoder timm does not have (CPC, DIM, AMDIM) names its class instead, `own_encoder(Encoder, ...)`; its
+export is then rebuilt with this repository.
 """
 
 import dataclasses
+import importlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +30,7 @@ class BackboneSpec:
     """Everything needed to rebuild a backbone and to feed it: JSON-able, stored as `backbone.json`."""
 
     name: str
-    """timm model name."""
+    """timm model name, or "methods.<name>.<module>:<Class>" for an encoder of this repository."""
     stem: str = "timm"
     """"timm": as timm builds it. "cifar": 3x3 convolution with stride 1 and no max-pool (SimCLR App. B.9)."""
     layers: tuple[int, ...] = ()
@@ -45,7 +50,12 @@ class BackboneSpec:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def rebuild(self) -> list[str]:
-        """Lines of plain Python that build `model` with timm alone, ready for `timm.models.load_checkpoint`."""
+        """Lines of plain Python that build `model` with timm alone, ready for `timm.models.load_checkpoint`; for an
+        encoder of this repository, lines that build it with this repository."""
+        if ":" in self.name:
+            module, name = self.name.split(":")
+            written = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
+            return [f"from {module} import {name}", f"model = {name}({written})"]
         arguments = {"num_classes": 0, **self.arguments}
         if self.layers:
             arguments["layers"] = self.layers
@@ -72,6 +82,16 @@ class BackboneSpec:
         return lines
 
 
+def own_encoder(encoder: type[nn.Module], **fields) -> BackboneSpec:
+    """The spec of a network that timm has not: `encoder(**arguments)`, a class of a method's module.
+
+    `fields` are those of BackboneSpec: arguments, image_size, mean, std. The instance maps [B, 3, H, W] to
+    [B, num_features], takes its initial weights from torch's global generator, and stays loadable when its directory
+    is copied under another name.
+    """
+    return BackboneSpec(f"{encoder.__module__}:{encoder.__name__}", **fields)
+
+
 def create_backbone(spec: BackboneSpec, *, pretrained: bool = False) -> nn.Module:
     """The timm network of `spec`, without classifier: [B, 3, H, W] -> [B, model.num_features].
 
@@ -85,6 +105,8 @@ def create_backbone(spec: BackboneSpec, *, pretrained: bool = False) -> nn.Modul
     written = dataclasses.replace(spec, arguments=arguments).rebuild()
     scope: dict = {}
     if pretrained:
+        if ":" in spec.name:
+            raise UserError(f"{spec.name} has no pretrained weights to download: pass a run directory")
         # The one thing `rebuild` does not do: it describes a network whose weights come from our file.
         try:
             return timm.create_model(spec.name, pretrained=True, num_classes=0, **arguments)
@@ -106,6 +128,20 @@ def create_backbone(spec: BackboneSpec, *, pretrained: bool = False) -> nn.Modul
 
 
 def _check(spec: BackboneSpec) -> None:
+    if ":" in spec.name:
+        if not re.fullmatch(r"methods(\.\w+)+:\w+", spec.name):
+            raise UserError(f"{spec.name!r} is no encoder of this repository: methods.<name>.<module>:<Class>")
+        module, name = spec.name.split(":")
+        try:
+            found = hasattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise UserError(
+                f"the network of these weights is the class {name} in {module.replace('.', '/')}.py, which is not "
+                "here: evaluate them in the copy of this repository that trained them"
+            )
+        return
     if not timm.is_model(spec.name):
         near = timm.list_models(f"{spec.name[:6]}*")[:5] or timm.list_models("resnet*")[:5]
         raise UserError(f"timm has no model {spec.name!r}. Near: {', '.join(near)}. All: timm.list_models().")
@@ -199,7 +235,7 @@ def multiply_adds(model: nn.Module, image_size: int) -> int:
     def count(module: nn.Module, _inputs, output: torch.Tensor) -> None:
         nonlocal total
         per_output = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_features
-        total += output[0].numel() * per_output
+        total += output.numel() * per_output  # of one image, which may be many patches
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     was_training = model.training

@@ -1,7 +1,9 @@
 """Backbones: cost, stems, export and reload with and without this repository, mistakes named."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
@@ -9,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.backbones import BackboneSpec, create_backbone, export_backbone, load_backbone, multiply_adds
+from common.backbones import (
+    BackboneSpec,
+    create_backbone,
+    export_backbone,
+    load_backbone,
+    multiply_adds,
+    own_encoder,
+)
 from common.errors import UserError
 
 TINY = BackboneSpec(
@@ -147,3 +156,55 @@ def test_pretrained_weights_without_network_are_one_sentence(monkeypatch, tmp_pa
 def test_groupnorm_network_has_no_batchnorm():
     model = create_backbone(SPECS["narrow-groupnorm"])
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+class Patches(nn.Module):
+    """A network that timm does not have: the mean over four quarters of an image, each through the same layer."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_features = width
+        self.conv = nn.Conv2d(3, width, 4)
+
+    def forward(self, images):
+        quarters = images.unflatten(2, (2, -1)).unflatten(4, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return self.conv(quarters).mean((2, 3)).unflatten(0, (-1, 4)).mean(1)
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """The spec of `Patches` as if it stood in methods/own/model.py."""
+    module = ModuleType("methods.own.model")
+    module.Patches = Patches
+    monkeypatch.setitem(sys.modules, "methods.own", ModuleType("methods.own"))
+    monkeypatch.setitem(sys.modules, "methods.own.model", module)
+    monkeypatch.setattr(Patches, "__module__", "methods.own.model")
+    return own_encoder(Patches, arguments={"width": 5}, image_size=8, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+def test_an_encoder_of_a_method_is_exported_and_loaded_like_any_other(own, tmp_path):
+    assert own.name == "methods.own.model:Patches"
+    model = create_backbone(own).eval()
+    export_backbone(tmp_path, model, own)
+    loaded, spec = load_backbone(tmp_path)
+    assert spec == own and loaded.num_features == 5 and not loaded.training
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+    written = json.loads((tmp_path / "backbone.json").read_text())["rebuild"]
+    assert written == ["from methods.own.model import Patches", "model = Patches(width=5)"]
+    assert multiply_adds(model, 8) == 4 * 5 * 3 * 4 * 4  # all four quarters, one position each
+
+
+def test_an_encoder_that_is_not_here_is_named(own, tmp_path, monkeypatch):
+    export_backbone(tmp_path, create_backbone(own), own)
+    monkeypatch.delattr(sys.modules["methods.own.model"], "Patches")
+    with pytest.raises(UserError, match="class Patches in methods/own/model.py, which is not here"):
+        load_backbone(tmp_path)
+    monkeypatch.delitem(sys.modules, "methods.own.model")
+    with pytest.raises(UserError, match="which is not here"):
+        load_backbone(tmp_path)
+    with pytest.raises(UserError, match="has no pretrained weights"):
+        create_backbone(BackboneSpec("methods.simclr.train:SimCLR"), pretrained=True)
+    for name in ("os:system", "methods.own.model:Patches()", "methods:x"):
+        with pytest.raises(UserError, match="no encoder of this repository"):
+            create_backbone(BackboneSpec(name))
