@@ -97,7 +97,7 @@ GRIDS = {
         (0.1, 0.25, 0.5),
         (0.25, 0.5, 0.75),
         (0, 1, 2),
-        ("--finetune.labels", "1%"),
+        ("--finetune.labels", "1%", "--finetune.min-steps", "400"),  # one step is all labels: 400 passes
     ),
     "smoke": Grid("smoke", (4, 128), (0.25,), (0.5,), (0,), ("--finetune.labels", "100", "--finetune.epochs", "5")),
 }
@@ -201,9 +201,9 @@ def run_queue(args: Arguments, console: Console) -> None:
             f"{duration(spent[-1])}; {duration(left)} left for {len(waiting) - number}",
             markup=False,
         )
-        write_whole(folder(args) / "study.html", write_page(args))
+        write_results(args)
     if not waiting:
-        write_whole(folder(args) / "study.html", write_page(args))
+        write_results(args)
     console.print(f"page {folder(args) / 'study.html'}", markup=False)
 
 
@@ -294,6 +294,31 @@ def figure_of(question: str, points: dict[float, list], args: Arguments) -> Figu
     return figure
 
 
+def rows_of_question(question: str, points: dict[float, list]) -> tuple[tuple[str, ...], list[tuple]]:
+    """(head, rows) of a question's table: a row a value, mean and deviation over seeds."""
+    rows = []
+    for value, found in points.items():
+        cells = [mean_std(score(card, m) for card, _ in found) for m in MEASURES]
+        texts = ["not run" if c is None else f"{c[0]:.2f} ± {c[1]:.2f}" for c in cells]
+        error = mean_std(relative_error(d) for _, d in found)
+        rows.append((f"{value:g}", len(found), *texts, "–" if error is None else f"{error[0]:.3f}"))
+    return (QUESTIONS[question][1], "seeds", *MEASURES.values(), "error / mean image's"), rows
+
+
+def write_results(args: Arguments) -> None:
+    """`study.html`, and for a README the same as `study.md` with a figure of each question beside it."""
+    write_whole(folder(args) / "study.html", write_page(args))
+    lines = []
+    for question, (title, *_) in QUESTIONS.items():
+        points = points_of(question, args)
+        if points:
+            figure_of(question, points, args).savefig(folder(args) / f"{question}.png", dpi=110)
+            head, rows = rows_of_question(question, points)
+            lines += [f"**{title}**", "", *(f"| {' | '.join(map(str, row))} |" for row in (head, *rows)), ""]
+            lines.insert(-len(rows) - 1, "|" + "---:|" * len(head))
+    write_whole(folder(args) / "study.md", "\n".join(lines))
+
+
 def write_page(args: Arguments) -> str:
     grid = GRIDS[args.grid]
     done = sum(is_done(item, args) for item in grid.items())
@@ -303,19 +328,12 @@ def write_page(args: Arguments) -> str:
         f"<h1>Width, noise and mask ratio</h1><p>{done} of {len(grid.items())} runs, seeds {seeds}; bars: standard "
         "deviation over seeds; dashed: baselines.</p></header>"
     ]
-    for question, (title, axis, zero) in QUESTIONS.items():
+    for question, (title, _, zero) in QUESTIONS.items():
         points = points_of(question, args)
         if not points:
             parts.append(f'<section><h2>{escape(title)}</h2><p class="muted">No run of it is done.</p></section>')
             continue
-        rows = []
-        for value, found in points.items():
-            cells = [mean_std(score(card, m) for card, _ in found) for m in MEASURES]
-            cells.append(mean_std(relative_error(d) for _, d in found))
-            texts = ["not run" if c is None else f"{c[0]:.2f} ± {c[1]:.2f}" for c in cells[:-1]]
-            texts.append("–" if cells[-1] is None else f"{cells[-1][0]:.3f}")
-            rows.append((f"{value:g}", len(found), *texts))
-        head = (axis, "seeds", *MEASURES.values(), "error / mean image's")
+        head, rows = rows_of_question(question, points)
         note = f'<p class="muted">{escape(zero)}, at the default width.</p>' if zero else ""
         parts.append(f"<section><h2>{escape(title)}</h2>{note}{tag(figure_of(question, points, args), title)}"
                      f"{table(head, rows, numeric=range(1, len(head)))}</section>")  # fmt: skip
