@@ -11,9 +11,11 @@ Everything random is a function of (seed, step): images and crops by their keys,
 global generators of Python, NumPy and torch, because those are seeded from the key of the step before each step and put
 back afterwards. So a run repeats exactly (on a GPU up to the order of its sums).
 
-Nothing is chosen: the last step's network reads the test set once.
+Nothing is chosen, unless `rates` are given; then it is on training images. The last step's network reads the test set
+once.
 """
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -65,6 +67,9 @@ class Recipe:
     """adamw (betas 0.9, 0.999) or sgd (Nesterov momentum 0.9)."""
     base_lr: float | None = None
     """Peak rate of the head per 256 images (linear rule); layers below have less, see layer_decay."""
+    rates: str = ""
+    """Values of base_lr to choose from, comma-separated, as 1e-3,4e-3: each network takes the one that does best on a
+    fifth of its labelled images, held out, and is then trained on all of them. Default: none is tried."""
     min_lr: float | None = None
     """Rate at the end of the cosine, not scaled with the batch."""
     warmup_epochs: float | None = None
@@ -103,7 +108,7 @@ class Recipe:
 
     def settings(self) -> dict:
         """What defines the training, as plain values; labels and pooling are stated where they are known."""
-        left_out = ("labels", "subset_seed", "scratch", "precision", "min_steps", "pool")
+        left_out = ("labels", "subset_seed", "scratch", "precision", "min_steps", "pool", "rates")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
 
 
@@ -191,7 +196,9 @@ def recipe_for(backbone: nn.Module, image_size: int, given: Recipe = NOTHING, po
     if given.epochs is not None and given.min_steps is None:
         recipe = dataclasses.replace(recipe, min_steps=0)  # who names a number of epochs gets it
     _check(recipe, backbone)
-    if recipe.optimizer != default.optimizer and given.base_lr is None:
+    if given.rates and given.base_lr is not None:
+        raise UserError("fine-tuning: give base_lr, or rates to choose it from, not both.")
+    if recipe.optimizer != default.optimizer and given.base_lr is None and not given.rates:
         raise UserError(
             f"fine-tuning: optimizer {recipe.optimizer} needs a base_lr of its own, as the default "
             f"{default.base_lr:g} is for {default.optimizer}."
@@ -233,6 +240,7 @@ def _check(recipe: Recipe, backbone: nn.Module) -> None:
         if not fine:
             raise UserError(f"fine-tuning: {sentence}.")
     multiples(r.scratch)
+    rates(r.rates)
 
 
 def planned(recipe: Recipe, images: int) -> Recipe:
@@ -251,6 +259,17 @@ def multiples(scratch: str) -> list[int]:
     if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
         raise UserError(f"scratch must be multiples of the epochs, as 1,3, or none, not {scratch!r}.")
     return [int(part) for part in dict.fromkeys(parts)]
+
+
+def rates(spec: str) -> list[float]:
+    """ "1e-3,4e-3" -> [0.001, 0.004], "" -> []. Raises UserError for anything that is not a positive number."""
+    try:
+        found = [float(part) for part in spec.split(",")] if spec.strip() else []
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < rate < math.inf for rate in found):
+        raise UserError(f"rates must be positive numbers with commas between, as 1e-3,4e-3, not {spec!r}.")
+    return list(dict.fromkeys(found))
 
 
 # ---- few labels ------------------------------------------------------------------------------------------------------
@@ -614,6 +633,25 @@ def finetune(
         log(f"the loss is {details['last_loss']} at step {step + 1}: training diverged, no accuracy; lower the base_lr")
         accuracy = math.nan
     return Finetuned(accuracy, predictions, recipe, details, model)
+
+
+def choose_rate(backbone: nn.Module, train, recipe: Recipe, *, seed: int = 0, **options) -> tuple[float, dict]:
+    """(base_lr, accuracy of each rate of `recipe.rates`): the one that does best on a fifth of the labelled images of
+    `train`, held out, for a copy of the backbone trained on the others; of equals the lowest. `options` as `finetune`.
+    """
+    labelled = (train.labels >= 0).nonzero().flatten()
+    if len(labelled) < 10:
+        raise UserError(f"choosing a rate holds out a fifth of the labelled images, and there are {len(labelled)}.")
+    order = labelled[torch.randperm(len(labelled), generator=generator(seed, "fine-tuning holdout"))]
+    held, kept = (subset(train, part.sort().values) for part in order.tensor_split([len(order) // 5]))
+    log, found = options.pop("log"), {}
+    for rate in sorted(rates(recipe.rates)):
+        chosen = dataclasses.replace(recipe, base_lr=rate)
+        own = dict(seed=seed, log=lambda line, rate=rate: log(f"trying {rate:g}: {line}"))
+        found[rate] = finetune(copy.deepcopy(backbone), kept, held, chosen, **own, **options).accuracy
+    best = max(found, key=lambda rate: -math.inf if math.isnan(found[rate]) else found[rate])
+    log(f"base_lr {best:g} out of {', '.join(f'{rate:g} ({value:.1f} %)' for rate, value in found.items())}")
+    return best, found
 
 
 @torch.no_grad()

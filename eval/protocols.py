@@ -302,19 +302,31 @@ def _finetuned(context: Context, subject: Subject, protocol: str, images: Tensor
             recipe, epochs=times * recipe.epochs, layer_decay=1.0) for times in finetune.multiples(recipe.scratch)}
     rows = []
     for name, chosen in runs.items():
-        result = finetune.finetune(
-            copy.deepcopy(backbone), finetune.subset(context.train, images), context.test, chosen,
+        train, more = finetune.subset(context.train, images), {}
+        options = dict(
             image_size=context.image_size, mean=context.mean, std=context.std, num_classes=context.classes,
             seed=context.seed, device=context.device, batch_size=context.batch_size, workers=context.workers,
             log=lambda line, name=name: context.log(f"evaluation: {protocol}, {name}: {line}"))
+        if recipe.rates:
+            rate, tried = finetune.choose_rate(backbone, train, chosen, **options)
+            chosen = dataclasses.replace(chosen, base_lr=rate)
+            more["chosen"] = {"base_learning_rate": rate, "at_edge_of_sweep": rate in (min(tried), max(tried)),
+                              "validation_top1": {f"{value:g}": found for value, found in tried.items()}}
+        result = finetune.finetune(copy.deepcopy(backbone), train, context.test, chosen, **options)
         settings = context.settings(**recipe.settings(), **own, labelled_train_images=len(images), lr_scaling="linear",
                                     schedule="cosine", selection="none: the network of the last step")
+        if recipe.rates:
+            settings["base_lr"] = f"{_rates(recipe)}, chosen on a fifth of the labelled training images"
         settings["features"] = "backbone, trained together with a linear head"
         if context.pooling is not None:  # the head's, which need not be that of the frozen features
             settings["pooling"] = pooling(pooled(backbone, recipe.pool))
         rows.append(_row(protocol, "label", "top-1", result.accuracy, settings, _finetune_sentence(
-            context, recipe, about), details=result.details, baseline=name))
+            context, recipe, about), details=result.details, baseline=name, **more))
     return rows
+
+
+def _rates(recipe: Recipe) -> str:
+    return ", ".join(f"{rate:g}" for rate in sorted(finetune.rates(recipe.rates)))
 
 
 def _finetune_sentence(context: Context, r: Recipe, about: str) -> str:
@@ -323,8 +335,11 @@ def _finetune_sentence(context: Context, r: Recipe, about: str) -> str:
     parts += [f"{name} {value:g}" for name, value in (("random erasing", r.erase), ("mixup", r.mixup), (
         "cutmix", r.cutmix), ("label smoothing", r.smoothing), ("drop path", r.drop_path)) if value]
     optimizer = {"adamw": "AdamW", "sgd": "SGD with Nesterov momentum 0.9"}[r.optimizer]
+    rate = f"rate {r.base_lr:g}"
+    if r.rates:
+        rate = f"for each network the rate out of {_rates(r)} that does best on a fifth of these images, held out,"
     decay = f", each layer {r.layer_decay:g} times the one above" if r.layer_decay < 1 else ""
-    return (f"The whole network trained with a new linear head on {about}: {optimizer}, rate {r.base_lr:g} times batch "
+    return (f"The whole network trained with a new linear head on {about}: {optimizer}, {rate} times batch "
             f"/ 256{decay}, weight decay {r.weight_decay:g}, batch {r.batch_size}, {r.epochs} epochs, "
             f"{r.warmup_epochs:g} of them warm-up, cosine; {', '.join(parts)}; the last step's network tested once on "
             f"{int((context.test.labels >= 0).sum()):,} images ({context.geometry}). Random init: the same from random "
@@ -469,6 +484,8 @@ def evaluate(
             for row in rows:
                 if _key(row) in own and not math.isnan(row["value"]):
                     own[_key(row)]["baselines"][row.get("baseline", name)] = row["value"]
+                    if "chosen" in row and "baseline" in row:  # what random weights are fine-tuned with
+                        own[_key(row)]["chosen"][f"by {row['baseline']}"] = row["chosen"]["base_learning_rate"]
         log(f"evaluation: {name}, {x[0].shape[1]} features, {time.perf_counter() - start:.1f} s")
     if RAW in subjects and image_size > RawPixels().largest:
         for row in (row for row in evaluation.rows if RAW in row["baselines"]):

@@ -456,6 +456,9 @@ def test_few_images_get_enough_steps_unless_epochs_are_given():
         ({"precision": "fp16"}, "auto, no or bf16"),
         ({"rand_augment": "auto-m9"}, "like rand-m9-mstd0.5-inc1"),
         ({"rand_augment": "rand-x9"}, "like rand-m9-mstd0.5-inc1"),
+        ({"rates": "1e-3,x"}, "positive numbers with commas"),
+        ({"rates": "0.1,0"}, "positive numbers with commas"),
+        ({"rates": "0.1", "base_lr": 0.1}, "not both"),
         ({"scratch": "0"}, "multiples of the epochs"),
         ({"scratch": "1,b"}, "multiples of the epochs"),
         ({"pool": "max"}, "choose auto, cls, mean or last-N"),
@@ -821,6 +824,44 @@ def test_scratch_has_one_rate_for_all_layers_and_its_epochs(data, monkeypatch):
         **STATISTICS,
     )
     assert rows[0]["baselines"]["random init, 2x epochs"] == alone.accuracy
+
+
+def test_each_network_chooses_its_rate_on_labelled_training_images_alone(data, monkeypatch):
+    train, test = data
+    seen = []
+    original = ft.finetune
+
+    def watched(backbone, train, test, recipe, **more):
+        result = original(backbone, train, test, recipe, **more)
+        seen.append((train, test, recipe, result.accuracy))
+        return result
+
+    monkeypatch.setattr(ft, "finetune", watched)
+    recipe = Recipe(epochs=2, batch_size=16, rates="2e-2,1e-8", scratch="1")
+    networks = dict(random_init=resnet(3), protocols=["finetune"], recipe=recipe)
+    row, log = None, []
+    for labels in (test.labels, test.labels.roll(1)):
+        seen.clear()
+        found = evaluate(resnet(), train, dataclasses.replace(test, labels=labels), log=log.append, **networks,
+                         **STATISTICS)  # fmt: skip
+        (row,) = found.rows
+        assert [r.base_lr for *_, r, _ in seen] == [1e-8, 2e-2, row["chosen"]["base_learning_rate"]] + [
+            1e-8, 2e-2, row["chosen"]["by random init"]]  # fmt: skip
+    for mine in (seen[:3], seen[3:]):
+        for fit, held, *_ in mine[:2]:
+            assert (len(fit), len(held)) == (52, 12)
+            both = torch.cat([fit.images, held.images]).flatten(1)
+            assert (both.unique(dim=0) == train.images.flatten(1).unique(dim=0)).all()  # a split of the training images
+        assert len(mine[2][0]) == 64 and len(mine[2][1]) == len(test)
+        accuracies = [accuracy for *_, accuracy in mine[:2]]
+        assert mine[2][2].base_lr == (1e-8, 2e-2)[accuracies[1] > accuracies[0]]
+    assert row["chosen"]["validation_top1"] == {"1e-08": seen[0][3], "0.02": seen[1][3]}
+    assert row["value"] == seen[2][3] and row["baselines"]["random init"] == seen[5][3]
+    assert row["settings"]["base_lr"].startswith("1e-08, 0.02, chosen on a fifth")
+    assert "out of 1e-08, 0.02 that does best on a fifth" in row["text"]
+    assert any("base_lr" in line and "out of" in line for line in log)
+    with pytest.raises(UserError, match="holds out a fifth of the labelled images, and there are 8"):
+        evaluate(resnet(), *data, protocols=["lowshot"], recipe=dataclasses.replace(recipe, labels="8"), **STATISTICS)
 
 
 def test_what_the_data_cannot_serve_is_said_before(data):
