@@ -79,6 +79,8 @@ class View:
     size           side of the square output in pixels
     scale, ratio   area of the crop as a share of the image, width / height; both as (low, high)
     interpolation  "bilinear" or "bicubic", always antialiased
+    translate      instead of the crop, with probability `translated`: the whole image moved by up to this many pixels
+                   along either axis, a whole number, with its reflection where it left (the border pixel not repeated)
     flip           probability of a left-right flip
     jitter         probability that the four colour operations are applied, in random order: brightness, contrast and
                    saturation factors U(max(0, 1 - v), 1 + v), hue shift U(-hue, hue) in turns of the colour circle
@@ -95,6 +97,8 @@ class View:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bilinear"
+    translate: int = 0
+    translated: float = 1.0
     flip: float = 0.5
     jitter: float = 0.0
     brightness: float = 0.0
@@ -118,11 +122,12 @@ class View:
             f"ratio must be 0 < low <= high, not {self.ratio}": 0 < self.ratio[0] <= self.ratio[1],
             f"interpolation must be bilinear or bicubic, not {self.interpolation}": self.interpolation
             in ("bilinear", "bicubic"),
+            f"translate must be a number of pixels from 0 on, not {self.translate}": self.translate >= 0,
             f"hue must be within 0 and 0.5, not {self.hue}": 0 <= self.hue <= 0.5,
             f"blur_sigma must be 0 < low <= high, not {self.blur_sigma}": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
             f"std must be positive, not {self.std}": all(s > 0 for s in self.std),
         }
-        for name in ("flip", "jitter", "grey", "blur", "solarize"):
+        for name in _CHANCES:
             value = getattr(self, name)
             checks[f"{name} is a probability, so within 0 and 1, not {value}"] = 0 <= value <= 1
         for name in ("brightness", "contrast", "saturation"):
@@ -139,7 +144,9 @@ class View:
         """One line in plain words."""
         low, high = self.scale
         words = [f"{self.size} px", f"crop of {low:.3g}-{high:.3g} of the area, {self.interpolation}"]
-        if self.ratio != (3 / 4, 4 / 3):
+        if self.translate:
+            words[1] = f"moved by up to {self.translate} px, p {self.translated:g}, borders reflected"
+        elif self.ratio != (3 / 4, 4 / 3):
             words.append(f"aspect {self.ratio[0]:.3g}-{self.ratio[1]:.3g}")
         strengths = (self.brightness, self.contrast, self.saturation, self.hue)
         sigma = f"sigma {self.blur_sigma[0]:g}-{self.blur_sigma[1]:g} px, {self.blur_kernel} taps"
@@ -167,17 +174,18 @@ _DRAWN = {"area": slice(0, ATTEMPTS), "log_ratio": slice(ATTEMPTS, 2 * ATTEMPTS)
 _DRAWN |= {name: 2 * ATTEMPTS + i for i, name in enumerate(
     ("top", "left", "flip", "jitter", "brightness", "contrast", "saturation", "hue", "order", "grey", "blur", "sigma",
      "solarize"))}
-_DRAWN_WIDTH = 2 * ATTEMPTS + 13
-_CHANCES = ("flip", "jitter", "grey", "blur", "solarize")
+_DRAWN |= {"translated": 2 * ATTEMPTS + 13}
+_DRAWN_WIDTH = 2 * ATTEMPTS + 14
+_CHANCES = ("flip", "jitter", "grey", "blur", "solarize", "translated")
 
 
 @dataclass(frozen=True)
 class ViewParams:
     """All random numbers of n samples times V views, independent of the image size.
 
-    values: float32 [n, V, 33]. `params["hue"]` is a column [n, V]; "area" and "log_ratio" are the ten crop candidates
-    [n, V, 10]; "top" and "left" are in [0, 1); "order" is a row of ORDERS; flip, jitter, grey, blur and solarize are
-    0 or 1. `params[a:b]` are the numbers of samples a to b.
+    values: float32 [n, V, 34]. `params["hue"]` is a column [n, V]; "area" and "log_ratio" are the ten crop candidates
+    [n, V, 10]; "top" and "left" are in [0, 1); "order" is a row of ORDERS; flip, jitter, grey, blur, solarize and
+    translated are 0 or 1. `params[a:b]` are the numbers of samples a to b.
     """
 
     values: Tensor
@@ -197,7 +205,8 @@ class ViewParams:
 def crop_boxes(params: ViewParams, views: Sequence[View], height: int, width: int) -> Tensor:
     """Crop boxes in an image of height x width: whole numbers as float64 [n, V, 4], each (top, left, height, width).
 
-    torchvision's RandomResizedCrop.get_params: the first of ten candidates that fits, else a centred crop.
+    torchvision's RandomResizedCrop.get_params: the first of ten candidates that fits, else a centred crop. A view that
+    translates has the whole image, with top and left anywhere between -translate and translate.
     """
     area = params["area"].double() * (height * width)
     ratio = params["log_ratio"].double().exp()
@@ -218,7 +227,14 @@ def crop_boxes(params: ViewParams, views: Sequence[View], height: int, width: in
         elif width / height > high:
             w0 = round(height * high)
         centred.append(((height - h0) // 2, (width - w0) // 2, h0, w0))
-    return torch.where(fits.any(-1)[..., None], drawn, _constant(tuple(centred), drawn.device).double())
+    boxes = torch.where(fits.any(-1)[..., None], drawn, _constant(tuple(centred), drawn.device).double())
+    if not any(view.translate for view in views):
+        return boxes
+    reach = _constant(tuple(view.translate for view in views), drawn.device).double()  # [V]
+    moves = [(params[name].double() * (2 * reach + 1)).floor_().minimum(2 * reach) - reach for name in ("top", "left")]
+    moves = [move * params["translated"] for move in moves]
+    whole = torch.stack((*moves, torch.full_like(moves[0], height), torch.full_like(moves[0], width)), -1)
+    return torch.where(reach[:, None] > 0, whole, boxes)
 
 
 @lru_cache(maxsize=1024)
@@ -243,8 +259,8 @@ _PLACES = tuple(order.index(HUE) for order in ORDERS)
 _STEPS = tuple(tuple(op for op in order if op != HUE) for order in ORDERS)
 
 
-def _numbers(params: ViewParams, views: Sequence[View], height: int, width: int) -> Tensor:
-    """[n, V, 29]; see the column constants above. No host synchronisation."""
+def _numbers(params: ViewParams, views: Sequence[View], height: int, width: int, border: int = 0) -> Tensor:
+    """[n, V, 29]; see the column constants above; boxes in an image with a `border`. No host synchronisation."""
     device = params.values.device
     jitter = params["jitter"][..., None]
     order = params["order"].long()
@@ -257,7 +273,8 @@ def _numbers(params: ViewParams, views: Sequence[View], height: int, width: int)
                             for v in views), device)
     kept = torch.stack([params[name] for name in ("grey", "blur", "sigma", "solarize")], -1)
     return torch.cat((
-        crop_boxes(params, views, height, width).float(), params["flip"][..., None],
+        crop_boxes(params, views, height, width).float() + _constant((border, border, 0, 0), device),
+        params["flip"][..., None],
         weight, (steps == SATURATION).float(), (steps == CONTRAST).float(),
         hue, torch.where(jitter > 0, place, _NO_JITTER), kept, scale.expand(len(params), -1, -1),
     ), -1)  # fmt: skip
@@ -265,6 +282,17 @@ def _numbers(params: ViewParams, views: Sequence[View], height: int, width: int)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Crop, resize, flip
+
+def _bordered(images: Tensor, border: int) -> Tensor:
+    """Images [..., H, W] with `border` pixels of their reflection on every side."""
+    if border >= min(images.shape[-2:]):
+        raise UserError(f"translations by {border} px are too much for an image of {min(images.shape[-2:])} px")
+    for axis in (-2, -1) if border else ():
+        last = images.shape[axis] - 1
+        place = torch.arange(-border, last + border + 1, device=images.device).abs_()
+        images = images.index_select(axis, last - (last - place).abs_())
+    return images
+
 
 def _filter(distance: Tensor, cubic: bool) -> Tensor:
     """Weight of an input pixel at `distance` >= 0 (in units of max(scale, 1) pixels) from the output's centre."""
@@ -595,6 +623,8 @@ class ViewRecipe:
     """All views of one training step. See the module's docstring for the operations and their order.
 
     views    one View each; views of one size and interpolation are made in one batch
+    shared   random numbers that all views of a sample have in common, the first view's: "flip" (AMDIM), or any other
+             name of ViewParams
     compile  torch.compile the colour operations (on accelerators everything): some seconds at the first call, and on
              accelerators again for another batch or image size
 
@@ -602,14 +632,17 @@ class ViewRecipe:
     tests reach every path on a CPU.
     """
 
-    def __init__(self, views: Sequence[View], compile: bool = False, *, _form: str | None = None,
-                 _crop: str | None = None):  # fmt: skip
+    def __init__(self, views: Sequence[View], compile: bool = False, *, shared: Sequence[str] = (),
+                 _form: str | None = None, _crop: str | None = None):  # fmt: skip
         if not views:
             raise UserError("ViewRecipe: needs at least one View.")
         # Freeing one large block raises glibc's thresholds, so that the temporaries of every call reuse the same pages:
         # without it a third of the time goes into page faults. The memory is never touched.
         torch.empty(31 << 20, dtype=torch.uint8)
-        self.views = tuple(views)
+        self.views, self.shared = tuple(views), tuple(shared)
+        if unknown := set(self.shared) - _DRAWN.keys():
+            raise UserError(f"ViewRecipe: {', '.join(unknown)} cannot be shared: choose from {', '.join(_DRAWN)}.")
+        self._border = max(view.translate for view in self.views)
         self._form, self._crop = _form, _crop
         self._groups = _groups(self.views)
         # compiled code needs no scratch memory
@@ -630,6 +663,8 @@ class ViewRecipe:
         for view, same in itertools.groupby(self.views):
             count = len(list(same))
             lines.append(f"{count} view{'s' * (count > 1)}: {view.describe()}")
+        if self.shared:
+            lines.append(f"the same for all views of an image: {', '.join(self.shared)}")
         return "\n".join(lines)
 
     def sample(self, n: int, generator: torch.Generator) -> ViewParams:
@@ -650,12 +685,16 @@ class ViewRecipe:
             for name, (a, b) in ranges.items():
                 low[i, _DRAWN[name]], high[i, _DRAWN[name]] = a, b
             chance[i] = torch.tensor([getattr(view, name) for name in _CHANCES])
-        values = torch.rand(n, len(self.views), _DRAWN_WIDTH, generator=generator)
+        # What came later is drawn later: the numbers before it are those that a seed has always had.
+        widths = (_DRAWN_WIDTH - 1, 1)
+        values = torch.cat([torch.rand(n, len(self.views), width, generator=generator) for width in widths], -1)
         chances = [_DRAWN[name] for name in _CHANCES]
         happens = (values[..., chances] < chance).float()
         values = values.mul_(high - low).add_(low)
         values[..., chances] = happens
         values[..., _DRAWN["order"]].floor_().clamp_(max=len(ORDERS) - 1)
+        for name in self.shared:
+            values[:, 1:, _DRAWN[name]] = values[:, :1, _DRAWN[name]]
         return ViewParams(values)
 
     @torch.no_grad()
@@ -668,7 +707,8 @@ class ViewRecipe:
             raise ValueError(f"needs uint8 images [{len(params)}, 3, H, W] for {len(params)} samples' parameters, "
                              f"not {images.dtype} {list(images.shape)}")  # fmt: skip
         n, _, height, width = images.shape
-        numbers = _numbers(params, self.views, height, width).to(images.device, non_blocking=True)
+        numbers = _numbers(params, self.views, height, width, self._border).to(images.device, non_blocking=True)
+        images = _bordered(images, self._border)
         views = [None] * len(self.views)
         with torch.autocast(images.device.type, enabled=False):
             for group in self._groups:
@@ -687,11 +727,13 @@ class ViewRecipe:
     @torch.no_grad()
     def crop_one(self, image: Tensor, params: ViewParams, i: int) -> list[Tensor]:
         """Worker path: crop, resize and flip sample i's image uint8 [3, H, W] to uint8 [3, s, s] for each view."""
-        boxes = crop_boxes(params[i : i + 1], self.views, *image.shape[1:])[0].long().tolist()
+        boxes = crop_boxes(params[i : i + 1], self.views, *image.shape[1:])[0].long()
+        boxes[:, :2] += self._border
+        image = _bordered(image, self._border)
         flips = params["flip"][i].tolist()
         return [
             _crop_native(image, box, flip > 0, view.size, view.interpolation).contiguous()
-            for view, box, flip in zip(self.views, boxes, flips, strict=True)
+            for view, box, flip in zip(self.views, boxes.tolist(), flips, strict=True)
         ]
 
     @torch.no_grad()
