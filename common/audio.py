@@ -1,0 +1,501 @@
+"""Recordings: from a spec to a store of waves, to batches of windows, to log-mel features.
+
+`open_audio` makes an `AudioStore`: all recordings as one int16 tensor where they fit into memory, else encoded bytes
+that are decoded when asked. WAV and FLAC (and what else libsndfile reads) are decoded by `soundfile`, whose wheel
+brings its own library, so no system package is needed. Nothing is resampled: a network's strides are in samples, and a
+rate that differs from the wanted one is an error.
+`WindowLoader` makes step k's windows, a pure function of (seed, step): not of ranks, threads or earlier steps.
+"""
+
+import io
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data import (  # the same files are found, read, parted and hashed in the same way
+    _column,
+    _hash,
+    _held_out,
+    _is_encoded,
+    _is_path,
+    _listed,
+    _load_parquet,
+    _parquet_files,
+    _read_labels,
+    _Rows,
+    _spread,
+    _wait,
+    _worker_pool,
+)
+from common.errors import UserError
+from common.rng import generator
+
+TONES = "tones"
+OFFLINE = "`--data tones` (drawn, needs no file) or a directory of parquet files"
+_AUDIO_NAMES = ("audio", "speech", "sound", "recording", "wav", "flac")
+
+
+@dataclass(kw_only=True, eq=False)
+class AudioStore:
+    """Recordings of one sample rate, each of its own length, as 16-bit numbers.
+
+    `samples` (int16, all recordings one after the other) is on the store's device, or None where they do not fit into
+    memory: then `source` and `rows` say where the encoded bytes are.
+    """
+
+    name: str  # "tones", a hub name's or folder's last part: never a path
+    fingerprint: str  # hash of the content, equal on every machine
+    rate: int  # Hz
+    lengths: Tensor  # long [N], in samples, on the CPU
+    labels: dict[str, Tensor] = field(default_factory=dict)  # long [N] each; -1 where a recording has none
+    samples: Tensor | None = None
+    source: Any = None
+    rows: Tensor | None = None
+    device: torch.device = torch.device("cpu")
+    workers: int = 2
+
+    def __post_init__(self):
+        self.starts = self.lengths.cumsum(0) - self.lengths  # of each recording in `samples`
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def seconds(self) -> float:
+        return int(self.lengths.sum()) / self.rate
+
+    def read(self, i: int) -> Tensor:
+        """Recording i, int16 [L] on the CPU. UserError names it when it cannot be decoded."""
+        if self.samples is not None:
+            return self.samples[self.starts[i] : self.starts[i] + self.lengths[i]].cpu()
+        return _decode(self.source, int(self.rows[i]))[0]
+
+    def cut(self, indices: Tensor, starts: Tensor, window: int) -> Tensor:
+        """Windows of recordings `indices` [n] from sample `starts` [n] on: float32 [n, window] in [-1, 1).
+
+        Zeros follow where a recording ends inside its window. On the store's device.
+        """
+        left = (self.lengths[indices] - starts).clamp(max=window)
+        if self.samples is None:
+            out = torch.zeros(len(indices), window, dtype=torch.int16)
+            for row, (i, start, count) in enumerate(zip(indices.tolist(), starts.tolist(), left.tolist(), strict=True)):
+                out[row, :count] = self.read(i)[start : start + count]
+            return (out.float() / 32768).to(self.device)
+        place = torch.arange(window)
+        inside = place < left[:, None]
+        where = torch.where(inside, (self.starts[indices] + starts)[:, None] + place, 0).to(self.device)
+        return self.samples[where].float().div_(32768).mul_(inside.to(self.device))
+
+    def whole(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(float32 [n, longest], lengths [n]) of whole recordings, zeros after the end of each."""
+        lengths = self.lengths[indices]
+        return self.cut(indices, torch.zeros_like(indices), int(lengths.max())), lengths
+
+    def level(self, sample: int = 1000) -> float:
+        """Root mean square of up to `sample` recordings, evenly spaced: one constant to divide the waves by."""
+        total = count = 0
+        for i in _spread(len(self), sample):
+            wave = self.read(i).double() / 32768
+            total, count = total + float(wave.square().sum()), count + len(wave)
+        return max(math.sqrt(total / max(count, 1)), 1e-4)
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_audio(
+    spec: str,
+    split: str = "train",
+    *,
+    part: str | None = None,
+    sample_rate: int = 0,
+    labels: Sequence[str] = (),
+    audio_column: str = "",
+    limit: int = 0,
+    memory_budget: int = 16 << 30,
+    device: str | torch.device = "cpu",
+    workers: int = 2,
+    log: Callable[[str], None] = print,
+) -> AudioStore:
+    """Open the recordings that `spec` names.
+
+    spec: "tones" (drawn, see `draw_tones`), "org/name" or "org/name:configuration" of the Hugging Face hub, or a
+        directory of parquet files as the hub lays them out.
+    split: a split of that data. part: None (all of it), or "train" and "test": a tenth, chosen by a fixed seed, is held
+        out as test, for data whose labels (speakers, say) are not the same in its splits.
+    sample_rate: the rate that all recordings must have, in Hz; 0: that of the first one, for all.
+    labels: columns of integers or strings to read. limit: the first so many of a random order with a fixed seed.
+    memory_budget: bytes; recordings whose 16-bit samples fit are decoded now, by `workers` threads.
+    Channels are averaged. The fingerprint hashes number, lengths, labels and the bytes of up to 1,024 recordings.
+
+    Raises UserError for a path, split, column or rate that is not there (and says what is), an unreachable hub, and a
+    corrupt recording (named by split and row).
+    """
+    device = torch.device(device)
+    if part not in (None, "train", "test"):
+        raise ValueError(f"part is None, train or test, not {part!r}")
+    if spec == TONES:
+        return _open_tones(split, part, sample_rate, tuple(labels), limit, device)
+    if _is_local(spec):
+        path = Path(spec).expanduser().resolve()
+        if not path.is_dir():
+            raise UserError(f"--data {spec}: there is no such directory; give one with parquet files")
+        files = _parquet_files(path)
+        if not files:
+            raise UserError(f"--data {spec}: no parquet files in it; give {OFFLINE}, or org/name on the hub")
+        if split not in files:
+            raise UserError(f"--data {spec}: no split {split!r}; it has {_listed(files)}")
+        name, data = path.name, _load_parquet(path, files)
+    else:
+        name, data = spec.split(":")[0].split("/")[-1], {split: _load_hub(spec, split, log)}
+
+    features = data[split].features
+    column = _find_audio_column(features, spec, audio_column)
+    source = _Rows(_column(data[split], column), split, spec)
+    rows = _held_out(len(source), part)
+    if limit and limit < len(rows):
+        rows = rows[torch.randperm(len(rows), generator=generator("limit", len(rows)))[:limit].sort().values]
+    if not len(rows):
+        raise UserError(f"--data {spec}: split {split!r} has no recordings")
+    for wanted in labels:
+        if wanted not in features:
+            raise UserError(f"--labels {wanted}: {spec} has no such column; it has {_listed(features)}")
+    read = {name: _read_labels(data, split, name)[0][rows] for name in labels}
+
+    with _worker_pool(workers) as pool:
+        heads = [pool.submit(_header, source, row) for row in rows.tolist()]
+        _wait(heads)
+        found = [head.result() for head in heads]
+    lengths = torch.tensor([count for count, _ in found])
+    rate = sample_rate or found[0][1]
+    for row, (_, other) in zip(rows.tolist(), found, strict=True):
+        if other != rate:
+            raise UserError(
+                f"{source.where(row)} has {other} Hz, not {rate}: nothing is resampled here, because the strides of "
+                f"the network are in samples. Resample the files (sox IN -r {rate} OUT), or choose --sample-rate "
+                f"{other} and strides for it"
+            )
+    shown = [bytes(source.encoded(int(rows[i]))) for i in _spread(len(rows), 1024)]
+    numbers = [lengths.numpy().astype("<i8").tobytes(), *(v.numpy().astype("<i8").tobytes() for v in read.values())]
+    store = AudioStore(
+        name=name,
+        fingerprint=_hash(str(len(rows)).encode(), *numbers, *shown),
+        rate=rate,
+        lengths=lengths,
+        labels=read,
+        source=source,
+        rows=rows,
+        device=device,
+        workers=workers,
+    )
+    if 2 * int(lengths.sum()) <= memory_budget:
+        store.samples = _decode_all(store).to(device)
+    return store
+
+
+def _is_local(spec: str) -> bool:
+    try:
+        return _is_path(spec)
+    except UserError:  # a bare word that is neither a folder here nor data that common.data knows
+        raise UserError(
+            f"--data {spec}: no such data; give {OFFLINE}, or org/name of a data set on the Hugging Face hub"
+        ) from None
+
+
+def _load_hub(spec: str, split: str, log: Callable[[str], None]) -> Any:
+    import datasets
+
+    hub_id, _, configuration = spec.partition(":")
+    log(f"looking for {hub_id} on the Hugging Face hub (without a network this gives up after about 25 s) ...")
+    try:
+        data = datasets.load_dataset(hub_id, configuration or None, split=split)
+    except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own kinds
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        raise UserError(
+            f"--data {spec}: cannot load split {split!r} of {hub_id} from the Hugging Face hub ({reason}); check name, "
+            f"configuration (org/name:configuration) and split. Without a network these work: {OFFLINE}"
+        ) from error
+    sounds = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
+    for name in sounds:  # bytes, not torchcodec's decoder, which needs FFmpeg on the system
+        data = data.cast_column(name, datasets.Audio(decode=False))
+    return data
+
+
+def _find_audio_column(features: Any, spec: str, named: str) -> str:
+    import datasets
+
+    arrow = features.arrow_schema
+    if named:
+        if named not in features:
+            raise UserError(f"--audio-column {named}: {spec} has no such column; it has {_listed(features)}")
+        if not _is_encoded(arrow.field(named).type):
+            kind = arrow.field(named).type
+            raise UserError(f"--audio-column {named}: this column of {spec} holds {kind}, not encoded recordings")
+        return named
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    found = found or [f.name for f in arrow if f.name.lower() in _AUDIO_NAMES and _is_encoded(f.type)]
+    if len(found) != 1:
+        what = f"several columns hold recordings ({_listed(found)})" if found else "no column holds recordings"
+        raise UserError(f"--data {spec}: {what}; its columns are {_listed(features)}; name one with --audio-column")
+    return found[0]
+
+
+def _header(source: _Rows, row: int) -> tuple[int, int]:
+    """(samples, Hz) from the header alone."""
+    import soundfile  # loads libsndfile, which `tones` does not need
+
+    try:
+        about = soundfile.info(io.BytesIO(source.encoded(row)))
+        if about.frames < 1:
+            raise ValueError("it has no samples")
+        return about.frames, about.samplerate
+    except Exception as error:
+        raise _corrupt(source, row, error) from error
+
+
+def _decode(source: _Rows, row: int) -> tuple[Tensor, int]:
+    """(int16 [L], Hz): 16-bit recordings as they are, others rounded to 16 bits, channels averaged."""
+    import soundfile
+
+    try:
+        wave, rate = soundfile.read(io.BytesIO(source.encoded(row)), dtype="float32", always_2d=True)
+    except Exception as error:
+        raise _corrupt(source, row, error) from error
+    if not np.isfinite(wave).all():
+        raise _corrupt(source, row, ValueError("it holds samples that are not finite"))
+    wave = torch.from_numpy(wave).mean(1)
+    return (wave * 32768).round_().clamp_(-32768, 32767).to(torch.int16), rate
+
+
+def _corrupt(source: _Rows, row: int, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return UserError(f"corrupt recording, {source.where(row)}: {reason}; replace or remove it")
+
+
+def _decode_all(store: AudioStore) -> Tensor:
+    samples = torch.empty(int(store.lengths.sum()), dtype=torch.int16)
+
+    def work(i: int) -> None:
+        wave = _decode(store.source, int(store.rows[i]))[0]
+        if len(wave) != store.lengths[i]:
+            error = ValueError(f"{len(wave)} of the {int(store.lengths[i])} samples that its header promises")
+            raise _corrupt(store.source, int(store.rows[i]), error)
+        samples[store.starts[i] : store.starts[i] + len(wave)] = wave
+
+    with _worker_pool(store.workers) as pool:
+        _wait(pool.submit(work, i) for i in range(len(store)))
+    return samples
+
+
+# ---- drawn recordings with known factors -----------------------------------------------------------------------------
+
+GLIDES = ("flat", "up", "down", "hill", "valley", "steps up", "steps down", "vibrato")
+TIMBRES = 6
+_TONES_RATE, _TONES_VERSION = 8000, 1
+_TONES_COUNT = {"train": (1200, 0), "test": (240, 1)}  # recordings, seed
+
+
+def draw_tones(count: int, seed: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """`count` recordings of 0.35 to 0.7 s at 8 kHz (int16 [L] each), and their factors, long [count] each.
+
+    "glide": how the pitch moves, one of `GLIDES`, within an octave around a base pitch that is random; a short frame
+    hears a pitch, not a glide, so this is the factor that needs context. "timbre": the strengths of eight harmonics,
+    one of `TIMBRES` fixed voices, heard in every frame. Base pitch (110 to 220 Hz), length, level and noise are random.
+    """
+    draw = generator("tones", _TONES_VERSION, seed, count)
+    voices = torch.rand(TIMBRES, 8, generator=generator("tones voices", _TONES_VERSION), dtype=torch.float64) ** 2
+    glide = torch.arange(count) % len(GLIDES)
+    timbre = torch.randint(TIMBRES, (count,), generator=draw)
+    base, length, level = torch.rand(3, count, generator=draw, dtype=torch.float64)
+    waves = []
+    for i in range(count):
+        n = int(_TONES_RATE * (0.35 + 0.35 * float(length[i])))
+        x = torch.linspace(0, 1, n, dtype=torch.float64)
+        curve = (
+            torch.zeros_like(x),
+            x - 0.5,
+            0.5 - x,
+            0.5 - (2 * x - 1).abs(),
+            (2 * x - 1).abs() - 0.5,
+            (4 * x).floor().clamp(max=3) / 3 - 0.5,
+            0.5 - (4 * x).floor().clamp(max=3) / 3,
+            0.25 * torch.sin(12 * math.pi * x),
+        )[int(glide[i])]
+        pitch = 110 * 2 ** float(base[i]) * 2**curve  # Hz
+        phase = 2 * math.pi * pitch.cumsum(0) / _TONES_RATE
+        harmonics = torch.arange(1, 9, dtype=torch.float64)
+        tone = (voices[timbre[i]][:, None] * torch.sin(harmonics[:, None] * phase)).sum(0)
+        envelope = (20 * torch.minimum(x, 1 - x)).clamp(max=1)
+        wave = envelope * tone / tone.square().mean().sqrt() * 0.1 * 2 ** float(level[i])
+        wave += 0.005 * torch.randn(n, generator=draw, dtype=torch.float64)
+        waves.append((wave * 32768).round().clamp(-32768, 32767).to(torch.int16))
+    return waves, {"glide": glide, "timbre": timbre}
+
+
+def _open_tones(split: str, part: str | None, rate: int, wanted: tuple[str, ...], limit: int, device) -> AudioStore:
+    if split not in _TONES_COUNT:
+        raise UserError(f"--data tones has the splits train and test, not {split!r}")
+    if part is not None:
+        raise UserError("--data tones has a test split of its own: nothing is held out of train")
+    if rate not in (0, _TONES_RATE):
+        raise UserError(f"--data tones is drawn at {_TONES_RATE} Hz, not {rate}")
+    count, seed = _TONES_COUNT[split]
+    waves, factors = draw_tones(count, seed)
+    if missing := [name for name in wanted if name not in factors]:
+        raise UserError(f"--labels {missing[0]}: tones has no such column; it has {_listed(factors)}")
+    count = min(count, limit or count)
+    return AudioStore(
+        name=TONES,
+        fingerprint=_hash(f"tones version {_TONES_VERSION} seed {seed} n {count}".encode()),
+        rate=_TONES_RATE,
+        lengths=torch.tensor([len(wave) for wave in waves[:count]]),
+        labels={name: factors[name][:count] for name in wanted},
+        samples=torch.cat(waves[:count]).to(device),
+        device=device,
+    )
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Windows:
+    """One step: the rank's waves, and what is known of the whole batch."""
+
+    waves: Tensor  # float32 [b, window], zeros after the end of a recording, on the device
+    indices: Tensor  # long [B] into the store: the global batch, on the CPU
+    lengths: Tensor  # long [B]: samples of each window that are recording, not padding, on the CPU
+
+
+class WindowLoader:
+    """`loader(step)` is the batch of a step: windows at random places, a pure function of (seed, step).
+
+    Epoch e visits the recordings in the order of `generator(seed, "order", e)`, without the last incomplete batch; a
+    longer recording gives a random window of each visit, a shorter one all of itself, padded with zeros at its end. A
+    rank gets its contiguous slice of the global batch.
+
+    groups: long [N] or None. With groups (speakers), a batch is made of runs of `group_size` recordings of one group
+    each: in every epoch each group's recordings are shuffled, cut into runs, and the runs are shuffled.
+
+    UserError: batch smaller than 2, larger than the data, not divisible by ranks or by the runs.
+    """
+
+    def __init__(
+        self,
+        store: AudioStore,
+        *,
+        window: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Tensor | None = None,
+        group_size: int = 1,
+        device: str | torch.device = "cpu",
+        workers: int = 2,
+    ):
+        if batch_size < 2:
+            raise UserError(f"--batch-size {batch_size}: at least 2 windows are needed, to compare one with another")
+        if batch_size % world_size:
+            raise UserError(
+                f"--batch-size is the global batch: {batch_size} windows do not divide among {world_size} processes"
+            )
+        if groups is not None and batch_size % group_size:
+            raise UserError(f"--batch-size {batch_size} is not made of whole runs of {group_size} recordings")
+        self.store, self.window, self.batch_size, self.seed = store, window, batch_size, seed
+        self.groups, self.group_size, self.device = groups, group_size, torch.device(device)
+        local = batch_size // world_size
+        self.part = slice(rank * local, (rank + 1) * local)
+        self._order = -1, torch.empty(0)
+        self.steps_per_epoch = len(self._shuffled(0)) // batch_size
+        if not self.steps_per_epoch:
+            raise UserError(f"--batch-size {batch_size} is larger than the data: {store.name} has {len(store)}")
+        self._pool, self._pending = None, {}
+        if store.samples is None:
+            self._pool, self._share = _worker_pool(workers), max(1, local // (2 * workers))
+            self._finalizer = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        draw = generator(self.seed, "order", epoch)
+        order = torch.randperm(len(self.store), generator=draw)
+        if self.groups is None:
+            return order
+        runs = []
+        for group in self.groups.unique():
+            members = order[self.groups[order] == group]
+            runs += [run for run in members.split(self.group_size) if len(run) == self.group_size]
+        if not runs:
+            raise UserError(f"no speaker has {self.group_size} recordings: there is no run of them to make a batch of")
+        return torch.cat([runs[i] for i in torch.randperm(len(runs), generator=draw).tolist()])
+
+    def plan(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(indices, first samples, lengths) of the global batch, long [B] each."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, self._shuffled(epoch)
+        indices = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        lengths = self.store.lengths[indices]
+        room = (lengths - self.window).clamp(min=0)
+        where = torch.rand(self.batch_size, generator=generator(self.seed, "window", step), dtype=torch.float64)
+        return indices, (where * (room + 1)).long(), lengths.clamp(max=self.window)
+
+    def __call__(self, step: int) -> Windows:
+        indices, starts, lengths = self.plan(step)
+        if self._pool is None:
+            waves = self.store.cut(indices[self.part], starts[self.part], self.window)
+        else:
+            ahead = {s: self._pending.get(s) or self._submit(s) for s in (step, step + 1)}
+            futures = ahead.pop(step)
+            self._pending = ahead
+            _wait(futures)
+            waves = torch.cat([future.result() for future in futures])
+        return Windows(waves.to(self.device, non_blocking=True), indices, lengths)
+
+    def _submit(self, step: int) -> list[Future]:
+        indices, starts, _ = (x[self.part].split(self._share) for x in self.plan(step))
+        return [self._pool.submit(self.store.cut, i, s, self.window) for i, s in zip(indices, starts, strict=True)]
+
+    def close(self) -> None:
+        """Stop the threads. The loader is of no use afterwards."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ---- log-mel ---------------------------------------------------------------------------------------------------------
+
+
+def mel_filters(bands: int, bins: int, rate: int) -> Tensor:
+    """Triangular filters, evenly spaced on O'Shaughnessy's mel scale from 0 to rate / 2: float32 [bins, bands]."""
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
+    frequency = torch.linspace(0, rate / 2, bins, dtype=torch.float64)[:, None]
+    low, middle, high = edges[:-2], edges[1:-1], edges[2:]
+    up, down = (frequency - low) / (middle - low), (high - frequency) / (high - middle)
+    return torch.minimum(up, down).clamp(min=0).float()
+
+
+def log_mel(
+    waves: Tensor, lengths: Tensor, rate: int, *, hop: float = 0.02, window: float = 0.025, bands: int = 40
+) -> tuple[Tensor, Tensor]:
+    """(features [n, T, bands], frames [n]): log energies in mel bands, Hann window, frames that lie inside only.
+
+    waves: float [n, L], zeros after `lengths` [n]; `hop` and `window` in seconds. A recording shorter than the window
+    has one frame.
+    """
+    step, size = round(hop * rate), round(window * rate)
+    waves = torch.nn.functional.pad(waves, (0, size))
+    power = torch.stft(
+        waves, size, step, window=torch.hann_window(size, device=waves.device), center=False, return_complex=True
+    )
+    power = power.abs().square().transpose(1, 2)  # [n, T, bins]
+    frames = 1 + (lengths - size).clamp(min=0) // step
+    features = (power @ mel_filters(bands, size // 2 + 1, rate).to(waves.device)).add(1e-6).log()
+    return features[:, : int(frames.max())], frames
