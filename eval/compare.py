@@ -323,7 +323,8 @@ def _table(group: Sequence[Result], earlier: Sequence[Sequence[Result]]) -> Tabl
     card, row = group[0].card, group[0].row
     data, metric = card["data"], row["metric"]
     target = data["label_name"] if row["target"] == "label" else row["target"]
-    title = (f"{data['name']}, {data['image_size']} px, {_canonical(card['backbone'])}, {card['epochs']:g} epochs: "
+    size = f"{data['image_size']} px, " if data["image_size"] else ""  # none of a recording
+    title = (f"{data['name']}, {size}{_canonical(card['backbone'])}, {card['epochs']:g} epochs: "
              f"{metric} on {target}, {row['protocol']}")
     baselines = list(dict.fromkeys(name for r in group for name in r.row["baselines"]))
     unit = " (%)" if is_percent(metric) else ""

@@ -139,7 +139,7 @@ PRESETS: dict[str, tuple[str, AudioConfig]] = {
     ),
     "fsdd-cpu": (
         "spoken digits (--data DIRECTORY), 128 channels: at most 20 CPU minutes",
-        replace(FSDD, channels=128, context=128, negative_count=64, epochs=60, base_lr=1e-3, save_every=1000),
+        replace(FSDD, channels=128, context=128, negative_count=64, epochs=30, base_lr=1e-3, save_every=1000),
     ),
     "fsdd": ("spoken digits (--data DIRECTORY), the paper's widths", FSDD),
     "librispeech": (
