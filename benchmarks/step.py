@@ -4,7 +4,8 @@
     python -m benchmarks.step --methods byol --preset cifar10-r18 --steps 200      # on a GPU
 
 Runs the real script of each method on embedded data with clocks around its parts, no copy of its loop. "Bare" is the
-floor: networks (a teacher's forward pass included), loss and backward pass of the same crops. Medians over the steps.
+floor: networks (a teacher's forward pass included), loss and backward pass of the same crops. "Loss" is the loss with
+its own backward pass, until gradients reach the networks' outputs. Medians over the steps.
 """
 
 import importlib
@@ -33,7 +34,7 @@ WARM = 5  # steps not counted
 
 @dataclass
 class Arguments:
-    methods: tuple[str, ...] = ("simclr", "barlow", "byol", "simsiam", "swav", "dino")
+    methods: tuple[str, ...] = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "cpc", "dim", "amdim")
     """Directories under methods/."""
     preset: str = "cifar10-cpu"
     """A preset that all of them have, on `shapes` instead of its own data."""
@@ -48,7 +49,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self.start = 0.0
+        self.marked = 0.0
 
     def now(self) -> float:
         if torch.cuda.is_available():
@@ -66,6 +67,36 @@ class Clock:
 
         return timed
 
+    def loss(self, function: Callable) -> Callable:
+        """The part "loss", and a mark when the backward pass has come back to its arguments."""
+        timed = self.part("loss", function)
+
+        @wraps(function)
+        def marked(*args, **kwargs):
+            for tensor in tensors(args):
+                if tensor.requires_grad:
+                    tensor.register_hook(self.mark)
+            return timed(*args, **kwargs)
+
+        return marked
+
+    def mark(self, _gradient: torch.Tensor) -> None:
+        self.marked = self.now()
+
+    def backward(self, function: Callable) -> Callable:
+        """The part "backward", less what of it is the loss's."""
+
+        @wraps(function)
+        def timed(*args, **kwargs):
+            start = self.marked = self.now()
+            result = function(*args, **kwargs)
+            if self.steps:
+                self.steps[-1]["loss"] += self.marked - start
+                self.steps[-1]["backward"] += self.now() - self.marked
+            return result
+
+        return timed
+
     def steps_of(self, function: Callable) -> Callable:
         @wraps(function)
         def timed(*args, **kwargs):
@@ -76,6 +107,14 @@ class Clock:
                 self.steps[-1]["whole"] = self.now() - start
 
         return timed
+
+
+def tensors(value: object) -> list[torch.Tensor]:
+    """Those in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in inner for tensor in tensors(part)]
 
 
 def loss_functions(train: ModuleType) -> list[str]:
@@ -95,17 +134,17 @@ def measure(method: str, args: Arguments, folder: str) -> dict[str, float]:
     clock = Clock()
     with ExitStack() as stack:
         for name in loss_functions(train):
-            stack.enter_context(patch.object(train, name, clock.part("loss", getattr(train, name))))
+            stack.enter_context(patch.object(train, name, clock.loss(getattr(train, name))))
         for name in OWN:
             if hasattr(train, name):
                 stack.enter_context(patch.object(train, name, clock.part(name, getattr(train, name))))
         for owner, name, part in (
             (ViewLoader, "__call__", "views"),
-            (Accelerator, "backward", "backward"),
             (torch.optim.Optimizer, "zero_grad", "optimiser"),
             (Run, "log", "log"),
         ):
             stack.enter_context(patch.object(owner, name, clock.part(part, getattr(owner, name))))
+        stack.enter_context(patch.object(Accelerator, "backward", clock.backward(Accelerator.backward)))
         stack.enter_context(patch.object(Run, "steps", clock.steps_of(Run.steps)))
         starts: list[float] = []
         before = register_optimizer_step_pre_hook(lambda *_: starts.append(clock.now()))
@@ -137,7 +176,10 @@ def main(args: Arguments) -> None:
         bare = (networks + seconds["loss"]) / whole
         own = sum(seconds.get(name, 0.0) for name in OWN) / whole
         detail = ", ".join(f"{name} {100 * value / whole:.1f} %" for name, value in shares.items())
-        rows.append(f"{method:<8} {batch / whole:7,.0f} images/s   bare {bare:.2f} of the step   own {100 * own:.1f} %")
+        rows.append(
+            f"{method:<8} {batch / whole:7,.0f} images/s   bare {bare:.2f} of the step   loss "
+            f"{100 * seconds['loss'] / whole:.1f} %   own {100 * own:.1f} %"
+        )
         rows.append(f"{'':<8} {detail}")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads"
     print(f"\n{args.preset}, {where}; own: {', '.join(OWN)}")

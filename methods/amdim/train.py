@@ -167,8 +167,8 @@ def main(preset: str, cfg: Config) -> None:
         ),
         Watch(
             "dimensions",
-            below=2,
-            after=cfg.warmup_steps,
+            below=1.2,
+            after=settled,
             message="All images lie on one line: the representation collapses. Lower --lr or warm up longer.",
         ),
     )
