@@ -150,7 +150,8 @@ def main(preset: str, cfg: Config) -> None:
             "views": recipe.describe(),
         },
     )
-    settled = cfg.warmup_steps + loader.steps_per_epoch
+    # Scores of colour alone come first, and small networks stay with them for a thousand steps.
+    settled = max(cfg.warmup_steps + loader.steps_per_epoch, min(total_steps // 2, 2000))
     run.watch(
         Watch(
             "retrieval",
