@@ -20,23 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.data import (  # the same files are found, read, parted and hashed in the same way
-    _column,
-    _hash,
-    _held_out,
-    _is_encoded,
-    _is_path,
-    _listed,
-    _load_parquet,
-    _parquet_files,
-    _read_labels,
-    _Rows,
-    _spread,
-    _wait,
-    _worker_pool,
-)
 from common.errors import UserError
 from common.rng import generator
+from common.sources import (
+    Rows,
+    arrow_column,
+    content_hash,
+    held_out,
+    is_encoded,
+    is_path,
+    listed,
+    load_parquet,
+    parquet_files,
+    read_labels,
+    spread,
+)
+from common.threads import wait_for, worker_pool
 
 TONES = "tones"
 OFFLINE = "`--data tones` (drawn, needs no file) or a directory of parquet files"
@@ -102,7 +101,7 @@ class AudioStore:
     def level(self, sample: int = 1000) -> float:
         """Root mean square of up to `sample` recordings, evenly spaced: one constant to divide the waves by."""
         total = count = 0
-        for i in _spread(len(self), sample):
+        for i in spread(len(self), sample):
             wave = self.read(i).double() / 32768
             total, count = total + float(wave.square().sum()), count + len(wave)
         return max(math.sqrt(total / max(count, 1)), 1e-4)
@@ -148,31 +147,31 @@ def open_audio(
         path = Path(spec).expanduser().resolve()
         if not path.is_dir():
             raise UserError(f"--data {spec}: there is no such directory; give one with parquet files")
-        files = _parquet_files(path)
+        files = parquet_files(path)
         if not files:
             raise UserError(f"--data {spec}: no parquet files in it; give {OFFLINE}, or org/name on the hub")
         if split not in files:
-            raise UserError(f"--data {spec}: no split {split!r}; it has {_listed(files)}")
-        name, data = path.name, _load_parquet(path, files)
+            raise UserError(f"--data {spec}: no split {split!r}; it has {listed(files)}")
+        name, data = path.name, load_parquet(path, files)
     else:
-        name, data = spec.split(":")[0].split("/")[-1], {split: _load_hub(spec, split, log)}
+        name, data = spec.split(":")[0].split("/")[-1], {split: load_hub(spec, split, log)}
 
     features = data[split].features
     column = _find_audio_column(features, spec, audio_column)
-    source = _Rows(_column(data[split], column), split, spec)
-    rows = _held_out(len(source), part)
+    source = Rows(arrow_column(data[split], column), split, spec)
+    rows = held_out(len(source), part)
     if limit and limit < len(rows):
         rows = rows[torch.randperm(len(rows), generator=generator("limit", len(rows)))[:limit].sort().values]
     if not len(rows):
         raise UserError(f"--data {spec}: split {split!r} has no recordings")
     for wanted in labels:
         if wanted not in features:
-            raise UserError(f"--labels {wanted}: {spec} has no such column; it has {_listed(features)}")
-    read = {name: _read_labels(data, split, name)[0][rows] for name in labels}
+            raise UserError(f"--labels {wanted}: {spec} has no such column; it has {listed(features)}")
+    read = {name: read_labels(data, split, name)[0][rows] for name in labels}
 
-    with _worker_pool(workers) as pool:
+    with worker_pool(workers) as pool:
         heads = [pool.submit(_header, source, row) for row in rows.tolist()]
-        _wait(heads)
+        wait_for(heads)
         found = [head.result() for head in heads]
     lengths = torch.tensor([count for count, _ in found])
     rate = sample_rate or found[0][1]
@@ -183,11 +182,11 @@ def open_audio(
                 f"the network are in samples. Resample the files (sox IN -r {rate} OUT), or choose --sample-rate "
                 f"{other} and strides for it"
             )
-    shown = [bytes(source.encoded(int(rows[i]))) for i in _spread(len(rows), 1024)]
+    shown = [bytes(source.encoded(int(rows[i]))) for i in spread(len(rows), 1024)]
     numbers = [lengths.numpy().astype("<i8").tobytes(), *(v.numpy().astype("<i8").tobytes() for v in read.values())]
     store = AudioStore(
         name=name,
-        fingerprint=_hash(str(len(rows)).encode(), *numbers, *shown),
+        fingerprint=content_hash(str(len(rows)).encode(), *numbers, *shown),
         rate=rate,
         lengths=lengths,
         labels=read,
@@ -203,14 +202,14 @@ def open_audio(
 
 def _is_local(spec: str) -> bool:
     try:
-        return _is_path(spec)
+        return is_path(spec)
     except UserError:  # a bare word that is neither a folder here nor data that common.data knows
         raise UserError(
             f"--data {spec}: no such data; give {OFFLINE}, or org/name of a data set on the Hugging Face hub"
         ) from None
 
 
-def _load_hub(spec: str, split: str, log: Callable[[str], None]) -> Any:
+def load_hub(spec: str, split: str, log: Callable[[str], None]) -> Any:
     import datasets
 
     hub_id, _, configuration = spec.partition(":")
@@ -235,20 +234,20 @@ def _find_audio_column(features: Any, spec: str, named: str) -> str:
     arrow = features.arrow_schema
     if named:
         if named not in features:
-            raise UserError(f"--audio-column {named}: {spec} has no such column; it has {_listed(features)}")
-        if not _is_encoded(arrow.field(named).type):
+            raise UserError(f"--audio-column {named}: {spec} has no such column; it has {listed(features)}")
+        if not is_encoded(arrow.field(named).type):
             kind = arrow.field(named).type
             raise UserError(f"--audio-column {named}: this column of {spec} holds {kind}, not encoded recordings")
         return named
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-    found = found or [f.name for f in arrow if f.name.lower() in _AUDIO_NAMES and _is_encoded(f.type)]
+    found = found or [f.name for f in arrow if f.name.lower() in _AUDIO_NAMES and is_encoded(f.type)]
     if len(found) != 1:
-        what = f"several columns hold recordings ({_listed(found)})" if found else "no column holds recordings"
-        raise UserError(f"--data {spec}: {what}; its columns are {_listed(features)}; name one with --audio-column")
+        what = f"several columns hold recordings ({listed(found)})" if found else "no column holds recordings"
+        raise UserError(f"--data {spec}: {what}; its columns are {listed(features)}; name one with --audio-column")
     return found[0]
 
 
-def _header(source: _Rows, row: int) -> tuple[int, int]:
+def _header(source: Rows, row: int) -> tuple[int, int]:
     """(samples, Hz) from the header alone."""
     import soundfile  # loads libsndfile, which `tones` does not need
 
@@ -261,7 +260,7 @@ def _header(source: _Rows, row: int) -> tuple[int, int]:
         raise _corrupt(source, row, error) from error
 
 
-def _decode(source: _Rows, row: int) -> tuple[Tensor, int]:
+def _decode(source: Rows, row: int) -> tuple[Tensor, int]:
     """(int16 [L], Hz): 16-bit recordings as they are, others rounded to 16 bits, channels averaged."""
     import soundfile
 
@@ -275,7 +274,7 @@ def _decode(source: _Rows, row: int) -> tuple[Tensor, int]:
     return (wave * 32768).round_().clamp_(-32768, 32767).to(torch.int16), rate
 
 
-def _corrupt(source: _Rows, row: int, error: Exception) -> UserError:
+def _corrupt(source: Rows, row: int, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return UserError(f"corrupt recording, {source.where(row)}: {reason}; replace or remove it")
 
@@ -290,8 +289,8 @@ def _decode_all(store: AudioStore) -> Tensor:
             raise _corrupt(store.source, int(store.rows[i]), error)
         samples[store.starts[i] : store.starts[i] + len(wave)] = wave
 
-    with _worker_pool(store.workers) as pool:
-        _wait(pool.submit(work, i) for i in range(len(store)))
+    with worker_pool(store.workers) as pool:
+        wait_for(pool.submit(work, i) for i in range(len(store)))
     return samples
 
 
@@ -350,11 +349,11 @@ def _open_tones(split: str, part: str | None, rate: int, wanted: tuple[str, ...]
     count, seed = _TONES_COUNT[split]
     waves, factors = draw_tones(count, seed)
     if missing := [name for name in wanted if name not in factors]:
-        raise UserError(f"--labels {missing[0]}: tones has no such column; it has {_listed(factors)}")
+        raise UserError(f"--labels {missing[0]}: tones has no such column; it has {listed(factors)}")
     count = min(count, limit or count)
     return AudioStore(
         name=TONES,
-        fingerprint=_hash(f"tones version {_TONES_VERSION} seed {seed} n {count}".encode()),
+        fingerprint=content_hash(f"tones version {_TONES_VERSION} seed {seed} n {count}".encode()),
         rate=_TONES_RATE,
         lengths=torch.tensor([len(wave) for wave in waves[:count]]),
         labels={name: factors[name][:count] for name in wanted},
@@ -420,7 +419,7 @@ class WindowLoader:
             raise UserError(f"--batch-size {batch_size} is larger than the data: {store.name} has {len(store)}")
         self._pool, self._pending = None, {}
         if store.samples is None:
-            self._pool, self._share = _worker_pool(workers), max(1, local // (2 * workers))
+            self._pool, self._share = worker_pool(workers), max(1, local // (2 * workers))
             self._finalizer = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -455,7 +454,7 @@ class WindowLoader:
             ahead = {s: self._pending.get(s) or self._submit(s) for s in (step, step + 1)}
             futures = ahead.pop(step)
             self._pending = ahead
-            _wait(futures)
+            wait_for(futures)
             waves = torch.cat([future.result() for future in futures])
         return Windows(waves.to(self.device, non_blocking=True), indices, lengths)
 

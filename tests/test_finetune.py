@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from common.augment import ViewRecipe
 from common.backbones import BackboneSpec, create_backbone, export_backbone
-from common.data import ImageStore, ImageStream, ViewLoader, _Files, open_data
+from common.data import ImageStore, ImageStream, ViewLoader, open_data
 from common.errors import UserError
+from common.sources import Files
 from eval import finetune as ft
 from eval.__main__ import main
 from eval.compare import differences, load_cards, select, tables
@@ -383,7 +384,7 @@ def test_subset_of_a_stream_reads_the_same_images(tmp_path):
         name="s",
         fingerprint="0",
         labels=store.labels,
-        source=_Files(tmp_path, names),
+        source=Files(tmp_path, names),
         side=16,
         rows=torch.arange(12),
         device=torch.device("cpu"),
