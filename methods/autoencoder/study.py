@@ -295,11 +295,11 @@ def figure_of(question: str, points: dict[float, list], args: Arguments) -> Figu
 
 
 def rows_of_question(question: str, points: dict[float, list]) -> tuple[tuple[str, ...], list[tuple]]:
-    """(head, rows) of a question's table: a row a value, mean and deviation over seeds."""
+    """(head, rows) of a question's table: a row a value, mean and (of several) deviation over seeds."""
     rows = []
     for value, found in points.items():
         cells = [mean_std(score(card, m) for card, _ in found) for m in MEASURES]
-        texts = ["not run" if c is None else f"{c[0]:.2f} ± {c[1]:.2f}" for c in cells]
+        texts = ["not run" if c is None else f"{c[0]:.2f}" + f" ± {c[1]:.2f}" * (len(found) > 1) for c in cells]
         error = mean_std(relative_error(d) for _, d in found)
         rows.append((f"{value:g}", len(found), *texts, "–" if error is None else f"{error[0]:.3f}"))
     return (QUESTIONS[question][1], "seeds", *MEASURES.values(), "error / mean image's"), rows
