@@ -328,7 +328,7 @@ def _table(group: Sequence[Result], earlier: Sequence[Sequence[Result]]) -> Tabl
              f"{metric} on {target}, {row['protocol']}")
     baselines = list(dict.fromkeys(name for r in group for name in r.row["baselines"]))
     unit = " (%)" if is_percent(metric) else ""
-    head = ["method", "preset", metric + unit, "seeds", "images/s" if size else "windows/s", "device", *baselines]
+    head = ["method", "preset", metric + unit, "seeds", "images/s" if size else "samples/s", "device", *baselines]
     anchored = any(published_for(r.row, r.card) for r in group)
     rows, notes = [], []
     for line in lines:
