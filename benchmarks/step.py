@@ -73,12 +73,21 @@ class Clock:
 
         @wraps(function)
         def marked(*args, **kwargs):
-            for tensor in tensors(args):
-                if tensor.requires_grad:
-                    tensor.register_hook(self.mark)
-            return timed(*args, **kwargs)
+            return timed(*self.watched(args), **kwargs)
 
         return marked
+
+    def watched(self, value: object) -> object:
+        """The same, with a mark at each tensor's gradient. A hook runs when its node's turn comes, and turns go by age,
+        so each tensor gets a new node: else networks younger than the tensor would be counted too."""
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            value = value.view_as(value)
+            value.register_hook(self.mark)
+        elif isinstance(value, dict):
+            value = {name: self.watched(part) for name, part in value.items()}
+        elif type(value) in (list, tuple):
+            value = type(value)(self.watched(part) for part in value)
+        return value
 
     def mark(self, _gradient: torch.Tensor) -> None:
         self.marked = self.now()
@@ -107,14 +116,6 @@ class Clock:
                 self.steps[-1]["whole"] = self.now() - start
 
         return timed
-
-
-def tensors(value: object) -> list[torch.Tensor]:
-    """Those in nested lists, tuples and dicts."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in inner for tensor in tensors(part)]
 
 
 def loss_functions(train: ModuleType) -> list[str]:
