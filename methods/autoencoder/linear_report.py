@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common.files import write_whole
+from eval.figures import GREY, styled, tag
 from eval.report import PALETTE, page, table
-
-from .figures import GREY, styled, tag
 
 
 def show(results: dict, out: Path, console: Console) -> None:

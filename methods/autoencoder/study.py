@@ -29,11 +29,11 @@ from common.cli import guarded
 from common.errors import UserError
 from common.files import write_whole
 from common.log import read_metrics
+from eval.figures import GREY, styled, tag
 from eval.protocols import PROTOCOLS
 from eval.report import PALETTE, duration, page, table
 
 from .config import PRESETS
-from .figures import GREY, styled, tag
 
 PACKAGE = __package__
 METHOD = Path(__file__).parent.name

@@ -6,8 +6,6 @@ the 95 % interval of its paired difference lies on the right side of zero, fails
 open otherwise. Nothing on this page is chosen by looking at results.
 """
 
-import base64
-import io
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,26 +16,11 @@ import torch
 from matplotlib.figure import Figure
 
 from common.rng import generator
+from eval.figures import STYLE, tag
 from eval.report import PALETTE, page, table
 
 from .config import ARMS
 
-STYLE = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e6e8",
-    "grid.linewidth": 0.8,
-    "axes.edgecolor": "#8a9299",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-}
 # Student's t, 97.5 %, by degrees of freedom from 1 on.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
@@ -261,14 +244,6 @@ def new_figure(columns: int, width: float = 3.4, height: float = 2.9):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * columns, height), layout="constrained")
         return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def tag(figure: Figure, alt: str) -> str:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
 
 
 def curves(study: Study, labels: int, measures: tuple[str, ...], arms: tuple[str, ...], kind: str = "held-out") -> str:

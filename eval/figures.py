@@ -1,4 +1,4 @@
-"""Figures in the page's style, as images that carry their pixels."""
+"""Figures of studies in the pages' style, as images that carry their pixels."""
 
 import base64
 import io
@@ -42,6 +42,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def tag(figure: Figure, alt: str) -> str:
     """An `<img>` with the figure as PNG inside."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
