@@ -30,6 +30,7 @@ from common.sources import (
     is_encoded,
     is_path,
     listed,
+    load_hub,
     load_parquet,
     parquet_files,
     read_labels,
@@ -154,7 +155,7 @@ def open_audio(
             raise UserError(f"--data {spec}: no split {split!r}; it has {listed(files)}")
         name, data = path.name, load_parquet(path, files)
     else:
-        name, data = spec.split(":")[0].split("/")[-1], {split: load_hub(spec, split, log)}
+        name, data = spec.split(":")[0].split("/")[-1], {split: _encoded(load_hub(spec, log, split, OFFLINE))}
 
     features = data[split].features
     column = _find_audio_column(features, spec, audio_column)
@@ -209,21 +210,11 @@ def _is_local(spec: str) -> bool:
         ) from None
 
 
-def load_hub(spec: str, split: str, log: Callable[[str], None]) -> Any:
+def _encoded(data: Any) -> Any:
+    """The data set with its sounds as bytes: torchcodec, which would decode them, needs FFmpeg on the system."""
     import datasets
 
-    hub_id, _, configuration = spec.partition(":")
-    log(f"looking for {hub_id} on the Hugging Face hub (without a network this gives up after about 25 s) ...")
-    try:
-        data = datasets.load_dataset(hub_id, configuration or None, split=split)
-    except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own kinds
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        raise UserError(
-            f"--data {spec}: cannot load split {split!r} of {hub_id} from the Hugging Face hub ({reason}); check name, "
-            f"configuration (org/name:configuration) and split. Without a network these work: {OFFLINE}"
-        ) from error
-    sounds = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
-    for name in sounds:  # bytes, not torchcodec's decoder, which needs FFmpeg on the system
+    for name in [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]:
         data = data.cast_column(name, datasets.Audio(decode=False))
     return data
 

@@ -623,7 +623,7 @@ class ViewRecipe:
     """All views of one training step. See the module's docstring for the operations and their order.
 
     views    one View each; views of one size and interpolation are made in one batch
-    shared   random numbers that all views of a sample have in common, the first view's: "flip" (AMDIM), or any other
+    shared   random numbers that all views of a sample have in common, the first view's: "flip", or any other
              name of ViewParams
     compile  torch.compile the colour operations (on accelerators everything): some seconds at the first call, and on
              accelerators again for another batch or image size

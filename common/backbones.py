@@ -3,7 +3,7 @@
 An export is `backbone.safetensors` (plain timm keys) with `backbone.json` beside it: timm name and arguments, image
 size, mean/std, and `rebuild`, the few lines of plain Python that make the network without this repository.
 
-A method whose encoder timm does not have (CPC, DIM, AMDIM) names its class instead, `own_encoder(Encoder, ...)`; its
+A method whose encoder timm does not have names its class instead, `own_encoder(Encoder, ...)`; its
 export is then rebuilt with this repository.
 """
 

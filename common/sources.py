@@ -59,13 +59,14 @@ def is_path(spec: str) -> bool:
 # ---- Hugging Face datasets: the hub and parquet files ----------------------------------------------------------------
 
 
-def load_hub(spec: str, log: Callable[[str], None]) -> Any:
+def load_hub(spec: str, log: Callable[[str], None], split: str | None = None, offline: str = OFFLINE) -> Any:
+    """All splits of a data set of the hub, or one; `offline`: what works without a network, for the error."""
     import datasets  # takes 1.5 s, which shapes and folders need not pay
 
     hub_id, _, configuration = HUB_NAMES.get(spec, spec).partition(":")
     log(f"looking for {hub_id} on the Hugging Face hub (without a network this gives up after about 25 s) ...")
     try:
-        return datasets.load_dataset(hub_id, configuration or None)
+        return datasets.load_dataset(hub_id, configuration or None, split=split)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own kinds
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
@@ -73,8 +74,9 @@ def load_hub(spec: str, log: Callable[[str], None]) -> Any:
         elif isinstance(error, ValueError) and "onfig" in str(error):
             hint = f"choose a configuration as {hub_id}:NAME ({' '.join(str(error).split())})"
         else:
-            hint = f"without a network these work: {OFFLINE}"
-        raise UserError(f"--data {spec}: cannot load {hub_id} from the Hugging Face hub ({reason}); {hint}") from error
+            hint = f"without a network these work: {offline}"
+        wanted = f"split {split!r} of {hub_id}" if split else hub_id
+        raise UserError(f"--data {spec}: cannot load {wanted} from the Hugging Face hub ({reason}); {hint}") from error
 
 
 def parquet_files(path: Path) -> dict[str, list[str]]:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from common.audio import AudioStore, log_mel
@@ -17,6 +15,7 @@ from common.backbones import BackboneSpec
 from common.files import write_whole
 from common.run import Run
 from eval.load import load, random_init
+from eval.protocols import results_table
 from eval.report import bar_chart, duration, image_tag, line_chart, number, page, table
 
 from .config_audio import AudioConfig
@@ -98,7 +97,8 @@ def finish(
         ("Settings", _settings(card)),
     ]
     write_whole(run.directory / "report.html", _page(card, sections))
-    run.console.print(_results_table(card))
+    title = f"{card['method']} {card['preset']} on {card['data']['name']}"
+    run.console.print(results_table(rows, title=title))
     run.say(f"result card {run.directory / 'result.json'}\nreport      {run.directory / 'report.html'}")
     return card
 
@@ -256,19 +256,3 @@ def _settings(card: Mapping) -> str:
         body = table(("name", "value"), [(k, str(v)) for k, v in values.items()])
         parts.append(f"<details><summary>{title} ({len(values)} values)</summary>{body}</details>")
     return "".join(parts)
-
-
-def _results_table(card: Mapping) -> Table:
-    rows = card["evaluations"]
-    names = list(dict.fromkeys(name for row in rows for name in row["baselines"]))
-    title = f"{card['method']} {card['preset']} on {card['data']['name']}"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("protocol", "target"):
-        shown.add_column(header, no_wrap=True)
-    for header in ("value", *names):
-        shown.add_column(header, justify="right")
-    for row in rows:
-        values = [row["value"], *(row["baselines"].get(name) for name in names)]
-        cells = ["" if value is None else f"{value:.1f} %" for value in values]
-        shown.add_row(row["protocol"], row["target"], *cells)
-    return shown
