@@ -48,6 +48,7 @@ def finish(
     signals: Mapping[str, str] | None = None,
     references: Mapping[str, tuple[float, str]] | None = None,
     extra_sections: Sequence[tuple[str, str]] = (),
+    extra_rows: Sequence[dict] = (),
     protocols: Sequence[str] = DEFAULT,
     pool: str = "auto",
     finetuning: Recipe = NOTHING,
@@ -55,7 +56,8 @@ def finish(
     """Score the exported backbone of `run.directory`, write `result.json` and `report.html`, print the table.
 
     What is scored is the exported file, loaded as anybody would load it. `signals`: logged name -> its meaning;
-    `references`: logged name -> (level, name), e.g. a chance level. `pool`: tokens of a ViT for the frozen protocols;
+    `references`: logged name -> (level, name), e.g. a chance level. `extra_rows`: what the
+    method itself measured on test images, as rows of `evaluate`. `pool`: tokens of a ViT for the frozen protocols;
     `finetuning`: of finetune and lowshot, where `protocols` has them. Returns the result card.
     """
     device, seed = run.accelerator.device, run.seed
@@ -89,7 +91,7 @@ def finish(
         },
         "backbone": describe_backbone(spec, backbone),
         "parameters": sum(p.numel() for p in backbone.parameters()),
-        "evaluations": evaluation.rows,
+        "evaluations": [*evaluation.rows, *extra_rows],
         "published": list(published),
     }
     card["config"]["data"] = card["data"]["name"]  # a path says nothing elsewhere
@@ -119,7 +121,7 @@ def finish(
         ],
     )
     run.console.print(
-        results_table(evaluation.rows, title=f"{card['method']} {card['preset']} on {card['data']['name']}")
+        results_table(card["evaluations"], title=f"{card['method']} {card['preset']} on {card['data']['name']}")
     )
     run.say(f"result card {run.directory / 'result.json'}\nreport      {report}")
     return card

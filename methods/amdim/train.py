@@ -94,6 +94,14 @@ def held_out_section(found: dict[str, float]) -> tuple[str, str]:
     )
 
 
+def held_out_row(found: dict[str, float]) -> dict:
+    """Retrieval on held-out images as a row of the result card."""
+    row = {"protocol": "retrieval", "target": "1-5", "metric": "top-1", "value": 100 * found["retrieval"]}
+    text = f"Views of test images, eval mode: {SIGNALS['retrieval']}, among {found['batch']} images."
+    settings = {"batch": found["batch"], "test_images": found["images"], "chance": 100 / found["batch"]}
+    return {**row, "settings": settings, "text": text, "baselines": {}}
+
+
 def main(preset: str, cfg: Config) -> None:
     # ---- processes -------------------------------------------------------------------------------------------------
     accelerator = make_accelerator(cfg.precision)
@@ -214,7 +222,8 @@ def main(preset: str, cfg: Config) -> None:
             run.say("held-out images: " + ", ".join(f"{name} {text}" for name, text in said.items()))
             marks = {name: (level, "chance level") for name, level in levels.items()}
             told = dict(published=PUBLISHED.get(preset, []), signals=SIGNALS, references=marks)
-            finish(run, train=train, test=test, recipe=recipe, **told, extra_sections=[held_out_section(found)])
+            extra = dict(extra_rows=[held_out_row(found)], extra_sections=[held_out_section(found)])
+            finish(run, train=train, test=test, recipe=recipe, **told, **extra)
     accelerator.end_training()
 
 

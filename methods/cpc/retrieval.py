@@ -58,6 +58,17 @@ def sentence(found: dict[int, dict[str, float]]) -> str:
     return f"held-out retrieval: {', '.join(parts)}"
 
 
+def rows_of(found: dict[int, dict[str, float]]) -> list[dict]:
+    """Rows of the result card: the mean over offsets, against drawn negatives and against all patches."""
+    rows = []
+    for kind, against in (("sampled", "drawn negatives"), ("all", "all patches")):
+        value, chance = (100 * sum(v[name] for v in found.values()) / len(found) for name in (kind, f"{kind} chance"))
+        text = f"Test images: share of predictions whose true patch beats {against}; mean over offsets {tuple(found)}."
+        row = {"protocol": "retrieval", "target": against, "metric": "top-1", "value": value}
+        rows.append({**row, "settings": {"offsets": list(found), "chance": chance}, "text": text, "baselines": {}})
+    return rows
+
+
 def section(found: dict[int, dict[str, float]], stride: int, patch: int) -> tuple[str, str]:
     """(title, HTML) for the report."""
     rows = []

@@ -31,7 +31,7 @@ from .augment import PatchJitter, grid_side, one_view, statistics
 from .config import PRESETS, PUBLISHED, Config
 from .loss import cpc_loss, draw_negatives
 from .model import CPC, Encoder
-from .retrieval import held_out, section, sentence
+from .retrieval import held_out, rows_of, section, sentence
 
 METHOD = Path(__file__).parent.name
 SIGNALS = {
@@ -180,8 +180,8 @@ def main(preset: str, cfg: Config) -> None:
             run.say(sentence(found))
             told = dict(published=PUBLISHED.get(preset, []), signals=SIGNALS)
             marks = dict(references={"loss": (chance, "chance level, ln of the candidates")})
-            sections = [section(found, cfg.stride, cfg.patch)]
-            finish(run, train=labelled, test=test, recipe=recipe, **told, **marks, extra_sections=sections)
+            extra = dict(extra_rows=rows_of(found), extra_sections=[section(found, cfg.stride, cfg.patch)])
+            finish(run, train=labelled, test=test, recipe=recipe, **told, **marks, **extra)
     accelerator.end_training()
 
 
