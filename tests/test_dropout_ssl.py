@@ -775,6 +775,15 @@ def test_study_runs_resumes_and_refuses_others(tmp_path):
     page = (tmp_path / "s" / "study.html").read_text()
     assert "3 of 3 runs" in page and "A2 beside A1" in page
     assert "| A2 | 1 |" in (tmp_path / "s" / "study.md").read_text()
+    kept = tmp_path / "s" / "cards.jsonl"
+    code, text = run_command("methods.dropout_ssl.study", "--grid", "smoke", "--cards", kept, "--out", tmp_path / "t",
+                             log=tmp_path / "log")  # fmt: skip
+    assert code == 0, text
+    for name in ("study.md", "cards.jsonl"):
+        assert (tmp_path / "t" / name).read_text() == (tmp_path / "s" / name).read_text()
+    code, text = run_command("methods.dropout_ssl.study", "--grid", "quick", "--cards", kept, "--out", tmp_path / "t",
+                             log=tmp_path / "log")  # fmt: skip
+    assert code == 2 and "is of the grid quick" in text
     code, text = run_command("methods.dropout_ssl.study", *flags, "--plan", log=tmp_path / "log")
     assert code == 0 and text.count("done") >= 3, text
     path = tmp_path / "s" / "A0-n200-seed0" / "result.json"

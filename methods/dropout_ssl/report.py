@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.rng import generator
-from eval.figures import STYLE, tag
+from eval.figures import STYLE, styled, tag
 from eval.report import PALETTE, page, table
 
 from .config import ARMS
@@ -306,6 +306,30 @@ def terms(study: Study, labels: int) -> str:
     return tag(figure, "parts of the cross-entropy")
 
 
+@styled
+def summary(study: Study) -> Figure:
+    """The claim in one figure: A1 minus A0 and A1 minus A2 by number of labels, 95 % intervals, paired by seed."""
+    measures = ("V", "g_inst", "nt_xent_same_0.5", "consistency", "accuracy")
+    figure = Figure(figsize=(2.3 * len(measures), 2.9), layout="constrained")
+    for ax, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
+        for shift, (other, shade) in zip((-0.1, 0.1), (("A0", PALETTE[0]), ("A2", PALETTE[1])), strict=True):
+            found = [study.pairs(Condition("A1", measure, other, "+"), n) for n in study.budgets]
+            for place, values in enumerate(found):
+                if len(values) > 1:
+                    mean, low, high = interval(values)
+                    bar = [[mean - low], [high - mean]]
+                    ax.errorbar([place + shift], [mean], yerr=bar, marker="o", capsize=3, color=shade)
+                ax.plot([place + shift] * len(values), values, ".", color=shade, alpha=0.4, markersize=4)
+            ax.plot([], [], "o", color=shade, label=f"A1 − {other}")
+        ax.axhline(0, color="#1e2429", linewidth=0.8)
+        ax.set_xticks(range(len(study.budgets)), [f"{n:,}" if n else "all" for n in study.budgets])
+        ax.set_xlim(-0.5, len(study.budgets) - 0.5)
+        ax.set_title(NAMES[measure].split(":")[0], fontsize=9)
+    figure.axes[0].legend()
+    figure.supxlabel("labelled records", fontsize=9)
+    return figure
+
+
 def accuracies(study: Study) -> str:
     """Accuracy against the number of labels."""
     figure, (ax,) = new_figure(1, width=5)
@@ -390,7 +414,9 @@ def headline(study: Study) -> str:
         "and the fewest seeds after a smoke run; the primary measures are g_inst and NT-Xent with same-class "
         "negatives, on held-out records."
     )
-    return section("Verdict", table(("", *map(budget_name, study.budgets)), rows), text(rule))
+    told = "A1 minus A0 (what dropout does) and A1 minus A2 (what its second mask does), 95 % intervals; dots: seeds."
+    figure = tag(summary(study), "A1 minus A0 and A1 minus A2 by labels") + f'<p class="muted">{told}</p>'
+    return section("Verdict", table(("", *map(budget_name, study.budgets)), rows), figure, text(rule))
 
 
 PROVABLE = (

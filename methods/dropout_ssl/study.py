@@ -3,6 +3,8 @@
     python -m methods.dropout_ssl.study --grid quick --plan      the queue, and what of it is done
     python -m methods.dropout_ssl.study --grid tabular           run what is not done; the page is written on the way
     python -m methods.dropout_ssl.study --grid cifar10 --data PATH --data-name "CIFAR-10 (JPEG)"
+    python -m methods.dropout_ssl.study --grid tabular --cards methods/dropout_ssl/results/tabular/cards.jsonl --out x
+                                                                 the page again, from the committed cards
 
 Every run has a directory of its own. Stop the queue whenever you like, with a kill or Ctrl-C: the same command skips
 finished result cards and continues a half-finished run from its checkpoint.
@@ -27,7 +29,7 @@ from common.files import write_whole
 from eval.report import duration
 
 from .config import ARMS, PRESETS, Config
-from .report import Study, markdown, write_page
+from .report import Study, markdown, summary, write_page
 
 PACKAGE = __package__
 METHOD = Path(__file__).parent.name
@@ -100,6 +102,8 @@ class Arguments:
     """Only the first so many seeds (0: all)."""
     limit: int = 0
     """Stop after this many runs (0: all)."""
+    cards: Path | None = None
+    """Run nothing: write the page of these cards, one a line, as a study leaves them in cards.jsonl."""
     plan: bool = False
     """Print the queue and exit."""
 
@@ -146,6 +150,10 @@ def run_study(args: Arguments) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a study is one process after another: start it without torchrun or accelerate launch")
     console = Console(highlight=False, soft_wrap=True)
+    if args.cards is not None:
+        write_results(args)
+        console.print(f"page {folder(args) / 'study.html'}", markup=False)
+        return
     waiting = [item for item in items(args) if card_of(item, args) is None]
     total = len(items(args))
     about = GRIDS[args.grid].about
@@ -202,16 +210,42 @@ def show_plan(args: Arguments, console: Console) -> None:
 
 
 def collect(args: Arguments) -> Study:
-    found = {(i.variant, i.labels, i.seed): card for i in items(args) if (card := card_of(i, args)) is not None}
+    """The finished runs' cards; of `args.cards` those that belong to the grid. Raises UserError where none does."""
     grid = GRIDS[args.grid]
+    if args.cards is None:
+        found = {(i.variant, i.labels, i.seed): card for i in items(args) if (card := card_of(i, args)) is not None}
+    else:
+        if not args.cards.is_file():
+            raise UserError(f"--cards {args.cards} is not a file")
+        named = {item.name: item for item in items(args)}
+        lines = [json.loads(line) for line in args.cards.read_text().splitlines()]
+        kept = [(named[line["run"]], line) for line in lines if line["run"] in named]
+        found = {(i.variant, i.labels, i.seed): card for i, card in kept}
+        if not found:
+            raise UserError(f"no card of {args.cards} is of the grid {args.grid}")
     return Study(METHOD, args.grid, grid.about, grid.variants, grid.budgets, found, len(items(args)))
 
 
 def write_results(args: Arguments) -> None:
-    """`study.html`, and for a README the tables as `study.md`."""
+    """`study.html`; for a README `study.md` and `summary.png`; and the cards of all runs in one file, `cards.jsonl`."""
     study = collect(args)
     write_whole(folder(args) / "study.html", write_page(study))
     write_whole(folder(args) / "study.md", markdown(study))
+    summary(study).savefig(folder(args) / "summary.png", dpi=110)
+    lines = [{"run": Item(*key).name, **_short(card)} for key, card in study.cards.items()]
+    write_whole(folder(args) / "cards.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _short(value):
+    """The same with floats of six significant digits: half the size, and more than any of them means."""
+    match value:
+        case dict():
+            return {k: _short(v) for k, v in value.items()}
+        case list():
+            return [_short(v) for v in value]
+        case float():
+            return float(f"{value:.6g}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> None:
