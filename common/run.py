@@ -57,6 +57,11 @@ class RunConfig:
     """auto continues the newest whole checkpoint of the same run; never starts a new directory NAME-2, NAME-3 ..."""
     eval: bool = True
     """Evaluate at the end and write result.json and report.html."""
+    eval_protocols: tuple[Literal["knn", "linear", "linear-augmented", "metrics", "factors", "rotation", "finetune",
+                                  "lowshot"], ...] = ()  # fmt: skip
+    """What to evaluate, as in python -m eval; default: the method's own list."""
+    eval_baselines: bool = True
+    """Score raw pixels and random weights too. Off: a fifth of the time, for runs whose baselines stand elsewhere."""
     plan: bool = False
     """Print every resolved setting, time a few steps, estimate hours and memory, and exit without writing."""
     max_steps: int = 0

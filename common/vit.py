@@ -29,22 +29,35 @@ def is_vit(name: str) -> bool:
 
 
 def vit_arguments(
-    name: str, *, sizes: Sequence[int], patch_size: int = 0, layer_scale: float = 0.0, qk_norm: bool = False
+    name: str,
+    *,
+    sizes: Sequence[int],
+    patch_size: int = 0,
+    width: int = 0,
+    depth: int = 0,
+    heads: int = 0,
+    layer_scale: float = 0.0,
+    qk_norm: bool = False,
 ) -> dict:
     """Arguments of `timm.create_model` for a ViT that takes square images of all `sizes`; {} for other networks.
 
     The first size is the training size, whose grid of positions is learnt; for the others it is resampled (bicubic).
-    patch_size: pixels, 0 for the name's own. layer_scale: initial scale of each residual branch, learnt per channel
-    (CaiT, arXiv:2103.17239: 0.1 up to 18 blocks, 1e-5 for 24, 1e-6 for 36; DINOv2 1e-5), 0 for none. qk_norm:
-    LayerNorm of queries and keys per head. Raises UserError for an option the network has not, or a size that patches
-    do not divide.
+    patch_size (pixels), width, depth (blocks), heads: 0 for the name's own. layer_scale: initial scale of each residual
+    branch, learnt per channel (CaiT, arXiv:2103.17239: 0.1 up to 18 blocks, 1e-5 for 24, 1e-6 for 36; DINOv2 1e-5), 0
+    for none. qk_norm: LayerNorm of queries and keys per head. Raises UserError for an option the network has not, a
+    size that patches do not divide, or a width that the heads do not divide.
     """
     if not is_vit(name):
-        chosen = dict(patch_size=patch_size, layer_scale=layer_scale, qk_norm=qk_norm)
-        for option, value in chosen.items():
+        chosen = dict(patch_size=patch_size, width=width, depth=depth, heads=heads, layer_scale=layer_scale)
+        for option, value in {**chosen, "qk_norm": qk_norm}.items():
             _require(not value, option, name)
         return {}
+    if width and heads and width % heads:
+        raise UserError(f"--width {width} does not divide among --heads {heads}: change one of the two")
     arguments: dict = {"img_size": sizes[0], "dynamic_img_size": True}
+    for key, value in (("embed_dim", width), ("depth", depth), ("num_heads", heads)):
+        if value:
+            arguments[key] = value
     if patch_size:
         arguments["patch_size"] = patch_size
     if layer_scale:
@@ -52,7 +65,7 @@ def vit_arguments(
     if qk_norm:
         arguments["qk_norm"] = True
     with torch.device("meta"):
-        patch = timm.create_model(name, depth=1, **arguments).patch_embed.patch_size[0]
+        patch = timm.create_model(name, **{**arguments, "depth": 1}).patch_embed.patch_size[0]
     for size in sizes:
         if size % patch:
             raise UserError(f"views of {size} px do not divide into patches of {patch} px: change one of the two")

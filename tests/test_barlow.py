@@ -121,6 +121,11 @@ def test_projector_as_in_the_code():
     assert norm1.affine and norm2.affine and isinstance(relu, torch.nn.ReLU)
 
 
+def test_without_projector_the_features_are_correlated():
+    model, view = build(()).eval(), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(view, view)[0], model.backbone(view))
+
+
 def test_each_view_has_its_own_batch_statistics():
     model = build().double().train()
     view1, view2 = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)

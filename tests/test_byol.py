@@ -26,7 +26,7 @@ TINY = dict(stem="cifar", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_wi
 
 def online_of(predictor: bool = True) -> Online:
     torch.manual_seed(0)
-    return Online(Encoder(create_backbone(BackboneSpec("resnet18", **TINY)), 32, 16), 32, 16, predictor).train()
+    return Online(Encoder(create_backbone(BackboneSpec("resnet18", **TINY)), 32, 16), 32, predictor).train()
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -90,6 +90,15 @@ def test_heads_as_in_the_paper():
     big = mlp(2048, 4096, 256)
     assert big[0].weight.std().item() == pytest.approx(0.88 * 2048**-0.5, rel=0.01)  # a normal cut at two deviations
     assert big[0].weight.abs().max() <= 2 * 2048**-0.5
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_projectors_of_other_depths(layers):
+    encoder = Encoder(create_backbone(BackboneSpec("resnet18", **TINY)), 32, 16, layers)
+    linear = [part.out_features for part in encoder.projector if isinstance(part, nn.Linear)]
+    assert linear == [32] * (layers - 1) + [16] * (layers > 0)
+    online, view = Online(encoder, 32), torch.randn(4, 3, 16, 16)
+    assert online(view)[0].shape == encoder(view).shape == (4, 16 if layers else 64)
 
 
 def test_each_view_is_a_pass_of_its_own():
@@ -265,7 +274,7 @@ def test_preset_builds_and_trains_two_steps(preset):
 
     def build():
         encoder = Encoder(create_backbone(spec), cfg.hidden_dim, cfg.projector_dim)
-        return Online(encoder, cfg.hidden_dim, cfg.projector_dim, cfg.predictor)
+        return Online(encoder, cfg.hidden_dim, cfg.predictor)
 
     with torch.device("meta"):
         online = build()

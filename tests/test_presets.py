@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.backbones import BackboneSpec, create_backbone, multiply_adds
+from common.backbones import multiply_adds
 from common.optim import LARS
 from common.schedules import scaled_lr, warmup_cosine
 from methods.simclr.config import PRESETS
 from methods.simclr.loss import nt_xent
-from methods.simclr.train import SimCLR
+from methods.simclr.train import build
 
 CIFAR, IMAGENET, IMAGENETTE, SHAPES = 50_000, 1_281_167, 9_469, 10_000
 # preset: (training images, batch, epochs, peak rate, temperature, weight decay), from paper and README
@@ -48,25 +48,19 @@ def test_views_equal_the_reference():
     assert cifar.normalize == imagenet.normalize == "none" and cifar.interpolation == "bicubic"
 
 
-def spec_of(cfg) -> BackboneSpec:
-    return BackboneSpec(
-        cfg.backbone, stem=cfg.stem, layers=cfg.layers, channels=cfg.channels, stem_width=cfg.stem_width, norm=cfg.norm
-    )
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_builds_and_trains_two_steps(preset):
     """On the meta device all of them; in earnest those below 5 GFLOP (2.5 GMAC) an image and pass, batch of 4."""
     cfg = PRESETS[preset][1]
     with torch.device("meta"):
-        model = SimCLR(create_backbone(spec_of(cfg)), cfg.projector_dim, cfg.norm)
+        model, _ = build(cfg, (0.5,) * 3, (0.25,) * 3)
         assert model(torch.empty(2, 3, cfg.image_size, cfg.image_size)).shape == (2, 128)
         cost = multiply_adds(model.backbone, cfg.image_size)
     if cost > 2.5e9:
         assert "imagenet-r50" in preset
         return
     torch.manual_seed(0)
-    model = SimCLR(create_backbone(spec_of(cfg)), cfg.projector_dim, cfg.norm)
+    model, _ = build(cfg, (0.5,) * 3, (0.25,) * 3)
     optimizer = LARS(model.parameters(), lr=0.1)
     before = model.projector[0].weight.detach().clone()
     for _ in range(2):

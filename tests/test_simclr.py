@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.backbones import BackboneSpec, create_backbone
 from common.distributed import rank, sync_batchnorm, world_size
+from common.errors import UserError
 from common.memory import cached_backward, checkpoint_blocks, couples_samples
 from methods.simclr.loss import nt_xent
 from methods.simclr.train import SimCLR
@@ -88,6 +89,27 @@ def test_projector_as_in_the_code():
     assert first.bias is None and second.bias is None
     assert norm1.bias.requires_grad and norm2.weight.requires_grad and not norm2.bias.requires_grad
     assert abs(first.weight.std() - 0.01) < 1e-3
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_projectors_of_other_depths(layers):
+    model = SimCLR(create_backbone(BackboneSpec("resnet18", **TINY)), 24, "batch", layers)
+    linear = [part for part in model.projector if isinstance(part, torch.nn.Linear)]
+    assert [part.out_features for part in linear] == [64] * (layers - 1) + [24] * (layers > 0)
+    assert sum(isinstance(part, torch.nn.ReLU) for part in model.projector) == max(layers - 1, 0)
+    images = torch.randn(4, 3, 16, 16)
+    assert model.eval()(images).shape == (4, 24 if layers else 64)
+
+
+def test_loss_on_a_subvector_sees_no_other_feature():
+    """DirectCLR: the first features are the projection; the others learn through the layers that they share."""
+    model = SimCLR(create_backbone(BackboneSpec("resnet18", **TINY)), 24, "batch", 0, subvector=16).eval()
+    images = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(model(images), model.backbone(images)[:, :16])
+    with pytest.raises(UserError, match="--subvector takes 1 to 64 of the features"):
+        SimCLR(model.backbone, 24, "batch", 0, subvector=65)
+    with pytest.raises(UserError, match="needs --projector-layers 0"):
+        SimCLR(model.backbone, 24, "batch", 2, subvector=16)
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

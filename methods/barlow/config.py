@@ -39,7 +39,7 @@ class Config(RunConfig):
     sync_bn: bool = True
     """BatchNorm over all ranks (code). The batch statistics of the loss are always over all ranks."""
     projector: tuple[int, ...] = (8192, 8192, 8192)
-    """Widths of the projector's linear layers. Paper section 2.2; 16384 is better still (paper Figure 4)."""
+    """Widths of the projector's linear layers, none for no projector. Paper section 2.2; 16384 is better (Figure 4)."""
 
     # ---- objective
     lambd: float = 0.0051

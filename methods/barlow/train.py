@@ -49,8 +49,9 @@ class BarlowTwins(nn.Module):
         for width in widths[:-1]:
             layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
             inputs = width
-        # Nothing behind the last layer: the loss normalises, and a bias would cancel there.
-        self.projector = nn.Sequential(*layers, nn.Linear(inputs, widths[-1], bias=False))
+        if widths:  # nothing behind the last layer: the loss normalises, and a bias would cancel there
+            layers.append(nn.Linear(inputs, widths[-1], bias=False))
+        self.projector = nn.Sequential(*layers)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         # One pass a view, as in the code: BatchNorm takes each view's own statistics, and running averages move twice.
@@ -208,6 +209,7 @@ def main(preset: str, cfg: Config) -> None:
     if accelerator.is_main_process:
         export_backbone(run.directory, plain.backbone, spec)
         if cfg.eval:
+            dimensions = cfg.projector[-1] if cfg.projector else plain.backbone.num_features
             finish(
                 run,
                 train=train,
@@ -215,7 +217,7 @@ def main(preset: str, cfg: Config) -> None:
                 recipe=recipe,
                 published=PUBLISHED.get(preset, []),
                 signals=SIGNALS,
-                references={"invariance": (float(cfg.projector[-1]), "uncorrelated views, D")},
+                references={"invariance": (float(dimensions), "uncorrelated views, D")},
             )
     accelerator.end_training()
 

@@ -45,6 +45,8 @@ class Config(RunConfig):
     """Hidden layer of projector and predictor. Paper section 3.2."""
     projector_dim: int = 256
     """Width of projections and predictions. Paper section 3.2."""
+    projector_layers: int = 2
+    """Linear layers of the projector (paper section 3.2: 2); 0: none, the features themselves are predicted."""
 
     # ---- objective
     predictor: bool = True

@@ -38,25 +38,29 @@ SIGNALS = {
 }
 
 
-def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+def mlp(width: int, hidden: int, out: int, layers: int = 2) -> nn.Sequential:
     """Linear, BatchNorm, ReLU, Linear without bias: no norm on the output (paper section 3.2)."""
-    layers = nn.Sequential(
-        nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out, bias=False)
-    )
-    for layer in (layers[0], layers[3]):  # Haiku's default: a normal of std 1 / sqrt(fan-in), cut at two of them
+    parts: list[nn.Module] = []
+    for _ in range(layers - 1):
+        parts += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        width = hidden
+    parts += [nn.Linear(width, out, bias=False)] * (layers > 0)
+    for layer in (p for p in parts if isinstance(p, nn.Linear)):  # Haiku's: a normal of std 1 / sqrt(fan-in), cut at 2
         std = layer.in_features**-0.5
         nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(layers[0].bias)
-    return layers
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*parts)
 
 
 class Encoder(nn.Module):
     """Backbone and projector, what online and target network have in common: [n, 3, H, W] -> projections [n, D]."""
 
-    def __init__(self, backbone: nn.Module, hidden_dim: int, projector_dim: int):
+    def __init__(self, backbone: nn.Module, hidden_dim: int, projector_dim: int, layers: int = 2):
         super().__init__()
         self.backbone = backbone
-        self.projector = mlp(backbone.num_features, hidden_dim, projector_dim)
+        self.projector = mlp(backbone.num_features, hidden_dim, projector_dim, layers)
+        self.width = projector_dim if layers else backbone.num_features
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
@@ -65,10 +69,10 @@ class Encoder(nn.Module):
 class Online(nn.Module):
     """Encoder and predictor: views -> predictions [n, D] of each. One pass a view: BatchNorm never mixes the two."""
 
-    def __init__(self, encoder: Encoder, hidden_dim: int, projector_dim: int, predictor: bool = True):
+    def __init__(self, encoder: Encoder, hidden_dim: int, predictor: bool = True):
         super().__init__()
         self.encoder = encoder
-        self.predictor = mlp(projector_dim, hidden_dim, projector_dim) if predictor else nn.Identity()
+        self.predictor = mlp(encoder.width, hidden_dim, encoder.width) if predictor else nn.Identity()
 
     def forward(self, *views: Tensor) -> list[Tensor]:
         return [self.predictor(self.encoder(view)) for view in views]
@@ -123,8 +127,8 @@ def main(preset: str, cfg: Config) -> None:
         std=std,
     )
     torch.manual_seed(cfg.seed)
-    encoder = Encoder(create_backbone(spec), cfg.hidden_dim, cfg.projector_dim)
-    online = Online(encoder, cfg.hidden_dim, cfg.projector_dim, cfg.predictor).to(memory_format=torch.channels_last)
+    encoder = Encoder(create_backbone(spec), cfg.hidden_dim, cfg.projector_dim, cfg.projector_layers)
+    online = Online(encoder, cfg.hidden_dim, cfg.predictor).to(memory_format=torch.channels_last)
     if cfg.sync_bn:
         online = sync_batchnorm(online, device)
     # The target: a copy made after the norms are converted and outside of DDP, which would neither update nor need it.

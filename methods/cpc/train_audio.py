@@ -40,6 +40,8 @@ def main(preset: str, cfg: AudioConfig) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic)
     if cfg.steps < 1 or cfg.negative_count < 1:
         raise UserError("--steps and --negative-count are at least 1")
+    if cfg.eval_protocols or not cfg.eval_baselines:
+        raise UserError("sound has one fixed evaluation: --eval-protocols and --no-eval-baselines are for images")
 
     # ---- data ------------------------------------------------------------------------------------------------------
     same_speaker = cfg.negatives.startswith("same-speaker")

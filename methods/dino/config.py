@@ -36,6 +36,12 @@ class Config(RunConfig):
     """Width per stage of a ResNet; default: timm's."""
     stem_width: int = 64
     """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
+    width: int = 0
+    """Width of a ViT; 0: the backbone's own."""
+    depth: int = 0
+    """Blocks of a ViT; 0: the backbone's own."""
+    heads: int = 0
+    """Attention heads of a ViT; 0: the backbone's own."""
     sync_bn: bool = True
     """BatchNorm of student and teacher over all ranks, where there is one. Code: SyncBatchNorm."""
 

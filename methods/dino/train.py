@@ -88,9 +88,10 @@ def main(preset: str, cfg: Config) -> None:
 
     # ---- model -----------------------------------------------------------------------------------------------------
     sizes = [view.size for view in recipe.views]
-    tricks = dict(patch_size=cfg.patch_size, layer_scale=cfg.layer_scale, qk_norm=cfg.qk_norm)
+    vit = dict(patch_size=cfg.patch_size, width=cfg.width, depth=cfg.depth, heads=cfg.heads)
+    vit |= dict(layer_scale=cfg.layer_scale, qk_norm=cfg.qk_norm)
     resnet = dict(stem=cfg.stem, layers=cfg.layers, channels=cfg.channels, stem_width=cfg.stem_width)
-    arguments = vit_arguments(cfg.backbone, sizes=sizes, **tricks)
+    arguments = vit_arguments(cfg.backbone, sizes=sizes, **vit)
     shape = dict(image_size=cfg.image_size, mean=mean, std=std)
     spec = BackboneSpec(cfg.backbone, **resnet, arguments=arguments, zero_init_last=False, **shape)
     torch.manual_seed(cfg.seed)

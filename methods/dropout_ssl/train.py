@@ -70,6 +70,8 @@ def main(preset: str, cfg: Config) -> None:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     tabular = cfg.data in TABLES
+    if cfg.protocol == "study" and (cfg.eval_protocols or not cfg.eval_baselines):
+        raise UserError("--eval-protocols and --no-eval-baselines belong to --protocol common: the study's is fixed")
     if tabular and (arm.crop_flip or cfg.protocol == "common"):
         raise UserError("--arm A8 and --protocol common are for images: a row of a table cannot be cropped")
     columns = dict(image_column=cfg.image_column or None, label_column=cfg.label_column or None)

@@ -51,11 +51,8 @@ def build(cfg: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple
     """The network and the description of its encoder. Raises UserError where sizes do not fit each other."""
     if not is_vit(cfg.backbone):
         raise UserError(f"MAE drops patches, so it needs a ViT of timm: --backbone vit_..., not {cfg.backbone}")
-    arguments = vit_arguments(cfg.backbone, sizes=(cfg.image_size,), patch_size=cfg.patch_size)
-    chosen = dict(embed_dim=cfg.width, depth=cfg.depth, num_heads=cfg.heads)
-    arguments |= {name: value for name, value in chosen.items() if value}
-    if cfg.width and cfg.heads and cfg.width % cfg.heads:
-        raise UserError(f"--width {cfg.width} does not divide among --heads {cfg.heads}: change one of the two")
+    shape = dict(patch_size=cfg.patch_size, width=cfg.width, depth=cfg.depth, heads=cfg.heads)
+    arguments = vit_arguments(cfg.backbone, sizes=(cfg.image_size,), **shape)
     spec = BackboneSpec(cfg.backbone, arguments=arguments, image_size=cfg.image_size, mean=mean, std=std)
     decoder = dict(decoder_dim=cfg.decoder_dim, decoder_depth=cfg.decoder_depth, decoder_heads=cfg.decoder_heads)
     return MAE(create_backbone(spec), **decoder, learnt_positions=cfg.learnt_positions), spec

@@ -36,12 +36,37 @@ class Config(RunConfig):
     """Width per stage of a ResNet; default: timm's."""
     stem_width: int = 64
     """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
+    patch_size: int = 0
+    """Of ViTs: side of a patch in pixels; 0: the backbone's own."""
+    width: int = 0
+    """Of ViTs: width; 0: the backbone's own."""
+    depth: int = 0
+    """Of ViTs: blocks; 0: the backbone's own."""
+    heads: int = 0
+    """Of ViTs: attention heads; 0: the backbone's own."""
     norm: Literal["batch", "group"] = "batch"
     """Norm of backbone and projector. group: GroupNorm and LayerNorm, with which --micro-batch is exact."""
     sync_bn: bool = True
     """BatchNorm over all ranks (paper section 2.2, "global BN")."""
+    # ---- stability tricks for ViTs (common/vit.py); the paper has no ViT
+    layer_scale: float = 0.0
+    """Initial LayerScale of the residual branches, 0: none (CaiT, arXiv:2103.17239)."""
+    qk_norm: bool = False
+    """LayerNorm of queries and keys per head (arXiv:2302.05442)."""
+    frozen_patch_projection: bool = False
+    """Random, untrained patch projection (MoCo-v3, arXiv:2104.02057, section 4.2)."""
+    sincos_positions: bool = False
+    """Fixed 2-D sin-cos positions (MoCo-v3, MAE) instead of learnt ones."""
+    layer_decay: float = 1.0
+    """Learning rate times this per block from the top (BEiT, arXiv:2106.08254)."""
+
+    # ---- projector
     projector_dim: int = 128
-    """Width of the projections. Paper section 2.1; the hidden layer is as wide as the features."""
+    """Width of the projections. Paper section 2.1; hidden layers are as wide as the features."""
+    projector_layers: int = 2
+    """Linear layers of the projector. Paper section 4.2: 2 (1: linear); SimCLR v2: 3. 0: none, as in DirectCLR."""
+    subvector: int = 0
+    """Without projector: the loss sees only this many of the features (DirectCLR, arXiv:2110.09348); 0: all."""
 
     # ---- objective
     temperature: float = 0.5
@@ -83,6 +108,8 @@ class Config(RunConfig):
     """Paper section 2.2 and first release; today's command line has v2's 1e-4. Not on norms and biases."""
     momentum: float = 0.9
     """Of LARS and SGD. Code lars_optimizer.py."""
+    clip: float = 0.0
+    """Largest norm of the whole gradient, 0: no clipping. Paper and code: none."""
 
     # ---- memory, precision, randomness
     micro_batch: int = 0
@@ -126,6 +153,23 @@ SHAPES = Config(
     save_every=200,
 )
 
+SHAPES_VIT = replace(
+    SHAPES,
+    backbone="vit_tiny_patch16_224",
+    stem="timm",
+    layers=(),
+    channels=(),
+    stem_width=64,
+    patch_size=8,
+    width=64,
+    depth=4,
+    heads=4,
+    optimizer="adamw",
+    base_lr=1e-3,
+    lr_scaling="none",
+    weight_decay=0.05,
+)
+
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
         "embedded shapes, 4 MMAC ResNet: minutes on two cores, to see SimCLR learn",
@@ -135,6 +179,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, base_lr=0.4, knn_every=0, log_every=2, save_every=4),
     ),
+    "shapes-vit": ("embedded shapes, ViT of width 64 and depth 4, patches of 8 px, AdamW", SHAPES_VIT),
     "cifar10-r18": ("CIFAR-10, ResNet-18, 1000 epochs: the official README's command, about 91 % linear", CIFAR10_R18),
     "cifar10-r50": (
         "CIFAR-10, ResNet-50, batch 1024, 1000 epochs: paper App. B.9, 94.0 % linear",

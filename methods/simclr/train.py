@@ -25,6 +25,7 @@ from common.memory import cached_backward, checkpoint_blocks, couples_samples
 from common.optim import LARS, decay_groups, set_lr
 from common.run import Run, Watch, make_accelerator
 from common.schedules import scaled_lr, warmup_cosine
+from common.vit import fix_sincos_positions, freeze_patch_projection, is_vit, layer_groups, vit_arguments
 from eval.finish import finish, online_knn
 
 from .augment import two_views
@@ -41,27 +42,51 @@ SIGNALS = {
 
 
 class SimCLR(nn.Module):
-    """Backbone and projector: images [N, 3, H, W] -> projections [N, projector_dim], not normalised."""
+    """Backbone and projector: images [N, 3, H, W] -> projections [N, projector_dim], not normalised.
 
-    def __init__(self, backbone: nn.Module, projector_dim: int, norm: str):
+    Without projector (`layers` 0) the features, or the first `subvector` of them.
+    """
+
+    def __init__(self, backbone: nn.Module, projector_dim: int, norm: str, layers: int = 2, subvector: int = 0):
         super().__init__()
         self.backbone = backbone
         width = backbone.num_features
+        if subvector and (layers or not 0 < subvector <= width):
+            raise UserError(f"--subvector takes 1 to {width} of the features, and needs --projector-layers 0")
+        self.subvector = subvector or width
         norm_layer = nn.BatchNorm1d if norm == "batch" else nn.LayerNorm
         # Code model_util.py: no bias before a norm, a norm on the output too, but without shift; weights N(0, 0.01).
-        self.projector = nn.Sequential(
-            nn.Linear(width, width, bias=False),
-            norm_layer(width),
-            nn.ReLU(inplace=True),
-            nn.Linear(width, projector_dim, bias=False),
-            norm_layer(projector_dim),
-        )
-        self.projector[-1].bias.requires_grad_(False)
-        for layer in (self.projector[0], self.projector[3]):
+        parts: list[nn.Module] = []
+        for _ in range(layers - 1):
+            parts += [nn.Linear(width, width, bias=False), norm_layer(width), nn.ReLU(inplace=True)]
+        if layers:
+            parts += [nn.Linear(width, projector_dim, bias=False), norm_layer(projector_dim)]
+            parts[-1].bias.requires_grad_(False)
+        self.projector = nn.Sequential(*parts)
+        for layer in (part for part in parts if isinstance(part, nn.Linear)):
             nn.init.normal_(layer.weight, std=0.01)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        features = self.backbone(images)
+        return self.projector(features) if len(self.projector) else features[:, : self.subvector]
+
+
+def build(cfg: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[SimCLR, BackboneSpec]:
+    """The network and the description of its backbone."""
+    vit = dict(patch_size=cfg.patch_size, width=cfg.width, depth=cfg.depth, heads=cfg.heads)
+    vit |= dict(layer_scale=cfg.layer_scale, qk_norm=cfg.qk_norm)
+    arguments = vit_arguments(cfg.backbone, sizes=(cfg.image_size,), **vit)
+    norm = "batch" if is_vit(cfg.backbone) else cfg.norm  # a ViT has LayerNorm
+    resnet = dict(stem=cfg.stem, layers=cfg.layers, channels=cfg.channels, stem_width=cfg.stem_width, norm=norm)
+    shape = dict(image_size=cfg.image_size, mean=mean, std=std)
+    spec = BackboneSpec(cfg.backbone, **resnet, arguments=arguments, **shape)
+    backbone = create_backbone(spec)
+    if cfg.frozen_patch_projection:
+        freeze_patch_projection(backbone)
+    if cfg.sincos_positions:
+        fix_sincos_positions(backbone)
+    model = SimCLR(backbone, cfg.projector_dim, cfg.norm, cfg.projector_layers, cfg.subvector)
+    return model.to(memory_format=torch.channels_last), spec
 
 
 def main(preset: str, cfg: Config) -> None:
@@ -93,31 +118,12 @@ def main(preset: str, cfg: Config) -> None:
         std=std,
         compile=cfg.compile,
     )
-    loader = ViewLoader(
-        train,
-        recipe,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        rank=accelerator.process_index,
-        world_size=ranks,
-        device=device,
-        workers=cfg.workers,
-    )
+    place = dict(rank=accelerator.process_index, world_size=ranks, device=device, workers=cfg.workers)
+    loader = ViewLoader(train, recipe, batch_size=cfg.batch_size, seed=cfg.seed, **place)
 
     # ---- model -----------------------------------------------------------------------------------------------------
-    spec = BackboneSpec(
-        cfg.backbone,
-        stem=cfg.stem,
-        layers=cfg.layers,
-        channels=cfg.channels,
-        stem_width=cfg.stem_width,
-        norm=cfg.norm,
-        image_size=cfg.image_size,
-        mean=mean,
-        std=std,
-    )
     torch.manual_seed(cfg.seed)
-    model = SimCLR(create_backbone(spec), cfg.projector_dim, cfg.norm).to(memory_format=torch.channels_last)
+    model, spec = build(cfg, mean, std)
     if cfg.activation_checkpointing:
         checkpoint_blocks(model.backbone)
     if cfg.compile:
@@ -126,7 +132,7 @@ def main(preset: str, cfg: Config) -> None:
         model = sync_batchnorm(model, device)
 
     # ---- optimiser and schedule ------------------------------------------------------------------------------------
-    groups = decay_groups(model, cfg.weight_decay)
+    groups = layer_groups(decay_groups(model, cfg.weight_decay), model.backbone, cfg.layer_decay)
     match cfg.optimizer:
         case "lars":
             optimizer = LARS(groups, lr=0.0, momentum=cfg.momentum, momentum_form="lr-inside")
@@ -141,17 +147,9 @@ def main(preset: str, cfg: Config) -> None:
     plain = accelerator.unwrap_model(model)
 
     # ---- run -------------------------------------------------------------------------------------------------------
-    run = Run(
-        cfg,
-        method=METHOD,
-        preset=preset,
-        seed=cfg.seed,
-        config=asdict(cfg),
-        accelerator=accelerator,
-        total_steps=total_steps,
-        steps_per_epoch=loader.steps_per_epoch,
-        batch_size=cfg.batch_size,
-    )
+    about = dict(method=METHOD, preset=preset, seed=cfg.seed, config=asdict(cfg), accelerator=accelerator)
+    length = dict(total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch, batch_size=cfg.batch_size)
+    run = Run(cfg, **about, **length)
     run.show_plan(
         cfg,
         PRESETS[preset][1],
@@ -213,6 +211,8 @@ def main(preset: str, cfg: Config) -> None:
             views = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
             loss, parts = loss_of([model(views)])  # both views in one pass: BatchNorm over 2B rows
             accelerator.backward(loss)
+        if cfg.clip:
+            accelerator.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         run.log(loss=loss / cfg.loss_weight, **parts, lr=lr)
         if run.epoch_ends(step, cfg.knn_every):
@@ -225,15 +225,9 @@ def main(preset: str, cfg: Config) -> None:
     if accelerator.is_main_process:
         export_backbone(run.directory, plain.backbone, spec)
         if cfg.eval:
-            finish(
-                run,
-                train=train,
-                test=test,
-                recipe=recipe,
-                published=PUBLISHED.get(preset, []),
-                signals=SIGNALS,
-                references={"loss": (chance, "chance level, ln(2B - 1)")},
-            )
+            marks = dict(references={"loss": (chance, "chance level, ln(2B - 1)")})
+            told = dict(published=PUBLISHED.get(preset, []), signals=SIGNALS)
+            finish(run, train=train, test=test, recipe=recipe, **told, **marks)
     accelerator.end_training()
 
 
