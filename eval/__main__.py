@@ -31,8 +31,8 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """Run directory, .safetensors file (its .json beside it) or timm model name."""
     protocols: str | None = None
-    """Comma-separated, out of knn, linear, linear-augmented, metrics, factors, finetune, lowshot. Default: all that the
-    data can serve except linear-augmented, finetune and lowshot, which are slow."""
+    """Comma-separated, out of knn, linear, linear-augmented, metrics, factors, rotation, finetune, lowshot. Default:
+    all that the data can serve except linear-augmented, finetune and lowshot, which are slow, and rotation."""
     data: str | None = None
     """shapes, a hub name, or a path. Default for a run directory: the data it was trained on."""
     image_column: str | None = None
@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     check_names(protocols)  # before any image is read
     if not protocols:
         raise UserError(f"--protocols is empty: choose from {', '.join(PROTOCOLS)}.")
-    device = _device(args.device)
+    device = device_of(args.device)
     directory = Path(args.run) if Path(args.run).is_dir() else None
-    config = _run_config(directory) if directory else {}
+    config = run_config(directory) if directory else {}
     backbone, spec = load(args.run, pretrained=args.pretrained)
     pooled(backbone, args.pool)  # mistakes in the options: before any image is read
     if {"finetune", "lowshot"} & set(protocols):
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"written to {args.out}")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -126,7 +126,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _run_config(directory: Path) -> dict:
+def run_config(directory: Path) -> dict:
     """The run's resolved settings, or {} where the directory holds an export without them."""
     path = directory / "config.json"
     if not path.exists():

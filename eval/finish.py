@@ -56,11 +56,12 @@ def finish(
     """Score the exported backbone of `run.directory`, write `result.json` and `report.html`, print the table.
 
     What is scored is the exported file, loaded as anybody would load it. `signals`: logged name -> its meaning;
-    `references`: logged name -> (level, name), e.g. a chance level. `extra_rows`: what the
-    method itself measured on test images, as rows of `evaluate`. `pool`: tokens of a ViT for the frozen protocols;
-    `finetuning`: of finetune and lowshot, where `protocols` has them. Returns the result card.
+    `references`: logged name -> (level, name), e.g. a chance level. `extra_rows`: what the method itself measured on
+    test images, as rows of `evaluate`. `protocols`: the method's, for which --eval-protocols may name others; `pool`:
+    tokens of a ViT for the frozen ones; `finetuning`: of finetune and lowshot. Returns the result card.
     """
     device, seed = run.accelerator.device, run.seed
+    protocols = run.cfg.eval_protocols or protocols
     backbone, spec = load(run.directory)
     evaluation = evaluate(
         backbone,
@@ -76,6 +77,7 @@ def finish(
         workers=run.cfg.workers,
         pool=pool,
         recipe=finetuning,
+        baselines=run.cfg.eval_baselines,
         log=run.say,
     )
     card = {

@@ -23,7 +23,7 @@ from common.augment import ViewRecipe
 from common.data import ViewLoader
 from common.errors import UserError
 from common.shapes import FACTORS, render
-from eval import finetune, knn, linear, metrics, probes
+from eval import finetune, knn, linear, metrics, probes, rotation
 from eval.features import Pooled, RawPixels, extract_features, forward_features, frozen, normaliser, pooled, pooling
 from eval.finetune import NOTHING, Recipe
 
@@ -273,6 +273,25 @@ def _invariance(context: Context, subject: Subject) -> list[dict]:
             for name, value in profile.items()]
 
 
+def _rotation(context: Context, subject: Subject) -> list[dict]:
+    options = {"image_size": context.image_size, "mean": context.mean, "std": context.std, "device": context.device,
+               "batch_size": context.batch_size}
+    train, test = (rotation.turned_features(subject.module, store, x, count, **options) for store, x, count in (
+        (context.train, subject.train_x, rotation.TRAIN_IMAGES), (context.test, subject.test_x, rotation.TEST_IMAGES)))
+    result = rotation.rotation_probe(train, test, seed=context.seed, device=context.device)
+    n, m = len(train) - len(train) % linear.VALIDATION, len(test)
+    settings = _cached_settings(context, rotation.TURNS * n) | {
+        "images": [n, m], "degrees": [0, 90, 180, 270], "chance": rotation.CHANCE,
+        "selection": "top-1 on a tenth of the training images with their four turns, then trained on all"}
+    del settings["labelled_train_images"]
+    text = (f"Which way an image is turned (0, 90, 180 or 270 degrees; chance {rotation.CHANCE:g} %), after Reed et "
+            f"al. 2021: {n:,} training and {m:,} test images at all four turns, none of the labels. "
+            f"{_linear_sentence(context, rotation.TURNS * n, rotation.TURNS * m)} Misleading where turns were among "
+            "the augmentations, or where images have no upright.")
+    return [_row("rotation", "rotation", "top-1", result.accuracy, settings, text,
+                 chosen=_chosen("learning_rate", result))]
+
+
 def _finetune(context: Context, subject: Subject) -> list[dict]:
     labelled = (context.train.labels >= 0).nonzero().flatten()
     return _finetuned(context, subject, "finetune", labelled, "all labelled images", {})
@@ -363,6 +382,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "linear-augmented": Protocol(_linear_augmented, "labels", "linear probe on augmented inputs, 100 epochs (slow)"),
     "metrics": Protocol(_label_free, None, "RankMe, rank, alpha-ReQ, feature std, uniformity, alignment"),
     "factors": Protocol(_factors, "factors", "a probe per known factor and the invariance profile (shapes only)"),
+    "rotation": Protocol(_rotation, None, "linear probe of the turn by 0, 90, 180 or 270 degrees: needs no labels"),
     "finetune": Protocol(_finetune, "labels", "the whole network trained with all labels (slow)", frozen=False),
     "lowshot": Protocol(_lowshot, "labels", "the whole network trained with few labels (slow)", frozen=False),
 }
@@ -427,6 +447,7 @@ def evaluate(
     workers: int = 2,
     pool: str = "auto",
     recipe: Recipe = NOTHING,
+    baselines: bool = True,
     log: Callable[[str], None] = print,
 ) -> Evaluation:
     """Run `protocols` on `backbone` and on the baselines; `train` and `test` are stores, modules are moved to `device`.
@@ -435,7 +456,8 @@ def evaluate(
     "chosen"}: accuracies in percent, `settings` everything that defines the protocol, `text` one sentence, `baselines`
     {"raw pixels": value, "random init": value}; fine-tuning has random weights trained for as many and for three times
     the epochs, and as "details" what no comparison depends on.
-    `pool`: which tokens of a ViT are its features (`eval.features.Pooled`); `recipe`: of fine-tuning.
+    `pool`: which tokens of a ViT are its features (`eval.features.Pooled`); `recipe`: of fine-tuning; `baselines`: off
+    scores the backbone alone, which is a fifth of the work, for runs whose baselines stand in other cards.
     Protocols that the data cannot serve are skipped, logged, and listed with their reason in `.skipped`; to stop
     instead, call `check_protocols` first. A value that is not defined (NaN) leaves its row or baseline out.
     Raises UserError for an unknown protocol, an empty store or features that are not finite.
@@ -448,9 +470,9 @@ def evaluate(
     if not all(protocol.frozen for protocol in asked):  # its errors now, not after hours
         finetune.recipe_for(backbone, image_size, recipe, pool)
     subjects = {"backbone": pooled(backbone, pool)}
-    if any(protocol.frozen for protocol in asked):
+    if baselines and any(protocol.frozen for protocol in asked):
         subjects[RAW] = RawPixels()
-    if random_init is not None:
+    if baselines and random_init is not None:
         subjects[RANDOM] = pooled(random_init, pool)
     context = Context(train, test, image_size, mean, std, device, seed, batch_size, augmented_epochs, workers,
                       pooling(subjects["backbone"]), pool, recipe, log)

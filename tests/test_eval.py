@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from common.backbones import BackboneSpec, create_backbone, export_backbone
 from common.data import open_data
 from common.errors import UserError
+from common.run import RunConfig
 from common.shapes import FACTORS, render, sample_factors
 from eval import linear, metrics, probes
 from eval.__main__ import Arguments, main
@@ -508,6 +510,16 @@ def test_images_smaller_than_the_network_are_enlarged_but_not_cropped():
                       **(STATISTICS | {"image_size": 48}))
     found = {row["metric"] for row in result.rows}
     assert "alignment" not in found and "RankMe" in found and "alignment" in " ".join(lines)
+
+
+def test_a_run_chooses_among_all_protocols_and_may_leave_baselines_out(shapes):
+    choice = get_type_hints(RunConfig)["eval_protocols"]  # tuple[Literal[...], ...]
+    assert sorted(get_args(get_args(choice)[0])) == sorted(PROTOCOLS)
+    train, test = shapes
+    alone, beside = (evaluate(tiny(), train, test, **STATISTICS, protocols=("knn",), random_init=tiny(1), baselines=b,
+                              log=lambda _: None).rows for b in (False, True))  # fmt: skip
+    assert [row["value"] for row in alone] == [row["value"] for row in beside]
+    assert all(row["baselines"] == {} for row in alone) and all(len(row["baselines"]) == 2 for row in beside)
 
 
 def test_unknown_protocol_lists_the_valid_ones(shapes):
