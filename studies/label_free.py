@@ -1,0 +1,119 @@
+"""Which measure without labels ranks networks as the linear probe does? No runs of its own: the cards of the others."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common.rng import generator
+from eval.figures import GREY, styled
+from eval.report import PALETTE
+
+from .study import Cards, Study
+
+# name -> (protocol, target, metric, what the literature says is better: higher or lower)
+MEASURES: dict[str, tuple[str, str, str, int]] = {
+    "rotation prediction, %": ("rotation", "rotation", "top-1", 1),
+    "RankMe": ("label-free", "features", "RankMe", 1),
+    "alpha-ReQ": ("label-free", "features", "alpha-ReQ", -1),
+    "uniformity": ("label-free", "features", "uniformity", -1),
+    "alignment": ("label-free", "features", "alignment", -1),
+}
+BORROWED = ("projector", "augmentation", "scale")
+DRAWS = 2000
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Ranks from 0, ties share their mean."""
+    return (x[:, None] > x).double().sum(1) + ((x[:, None] == x).double().sum(1) - 1) / 2
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN where one of the two does not vary."""
+    a, b = (ranks(torch.tensor(v, dtype=torch.float64)) for v in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    return float((a @ b) / (a.norm() * b.norm()))
+
+
+def bootstrapped(groups: Sequence[Sequence[tuple[float, float]]], statistic: Callable) -> tuple[float, float]:
+    """95 % interval of `statistic(x, y)`: settings are drawn with replacement, all seeds of one together."""
+    stream, found = generator("bootstrap"), []
+    for _ in range(DRAWS):
+        drawn = torch.randint(len(groups), (len(groups),), generator=stream).tolist()
+        pairs = [pair for i in drawn for pair in groups[i]]
+        found.append(statistic(*zip(*pairs, strict=True)))
+    values = torch.tensor(found, dtype=torch.float64)
+    values = values[~values.isnan()]
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def method_of(cards: Cards, run: str) -> str:
+    return cards.of(run)[0]["method"]
+
+
+def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dict[str, list[tuple[float, float]]]:
+    """run -> (measure, linear accuracy) of each seed. Runs on other data than plain shapes are left out."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in sorted({name for name, _ in cards.cards}):
+        if study not in ("", run.split("/")[0]) or run.endswith("/textured"):
+            continue
+        for card in cards.of(run):
+            values = {(r["protocol"], r["target"], r["metric"]): r["value"] for r in card["evaluations"]}
+            if row in values and ("linear", "label", "top-1") in values:
+                found.setdefault(run, []).append((values[row], values["linear", "label", "top-1"]))
+    return found
+
+
+def correlation(cards: Cards, name: str, study: str = "") -> tuple[float, float, float] | None:
+    """(Spearman's correlation of goodness by the measure with linear accuracy, low, high); None below five settings."""
+    *row, sign = MEASURES[name]
+    groups = list(pairs_of(cards, tuple(row), study=study).values())
+    if len(groups) < 5:
+        return None
+    x, y = zip(*(pair for group in groups for pair in group), strict=True)
+    low, high = bootstrapped(groups, lambda a, b: sign * spearman(a, b))
+    return sign * spearman(x, y), low, high
+
+
+@styled
+def draw(cards: Cards) -> Figure:
+    figure = Figure(figsize=(13, 3.5), layout="constrained")
+    axes = figure.subplots(1, len(MEASURES))
+    for ax, (name, (*row, _)) in zip(axes, MEASURES.items(), strict=True):
+        for study, color in zip(BORROWED, PALETTE, strict=False):
+            pairs = [pair for group in pairs_of(cards, tuple(row), study=study).values() for pair in group]
+            ax.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=color, label=study, alpha=0.7)
+        found = correlation(cards, name)
+        told = "" if found is None else "\n{:.2f} [{:.2f}, {:.2f}]".format(*found)
+        ax.set_title(f"{name}{told}", fontsize=9)
+    axes[0].set_ylabel("linear probe, %", color=GREY)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
+    head = ("measure, better is", "all", *BORROWED)
+    found = []
+    for name, (*_, sign) in MEASURES.items():
+        cells = []
+        for study in ("", *BORROWED):
+            value = correlation(cards, name, study)
+            cells.append("too few runs" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value))
+        found.append((f"{name.removesuffix(', %')}, {'higher' if sign > 0 else 'lower'}", *cells))
+    return head, found
+
+
+STUDY = Study(
+    name="label-free",
+    title="Evaluation without labels",
+    question="Which measure that needs no labels ranks runs as the linear probe does?",
+    runs=(),
+    draw=draw,
+    rows=rows,
+    answer="",
+    full="RankMe (arXiv:2210.02885) and alpha-ReQ (Agrawal et al. 2022) were shown on ImageNet networks with 2048 "
+    "features, mostly of one method at a time and over its hyperparameters; 64 features leave a spectrum little room.",
+    borrows=BORROWED,
+)

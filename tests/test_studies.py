@@ -1,0 +1,262 @@
+"""Studies: every run is a valid command of a method, the queue resumes, cards are the runs', figures draw."""
+
+import json
+import signal
+from dataclasses import asdict, replace
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from rich.console import Console
+
+from common.errors import UserError
+from studies import STUDIES, label_free, projector
+from studies.__main__ import main
+from studies.page import page, table, with_borrowed, write_results
+from studies.study import Cards, Queue, Run, Study, card_of, collect, directory_name, items, read_cards, write_cards
+from tests.processes import Command, run_command
+
+TINY = {"epochs": 1, "limit": 128, "knn_every": 0}
+
+
+def tiny_study(**more) -> Study:
+    runs = (Run("one", "simclr", TINY, "smoke", baselines=True), Run("two", "simclr", {**TINY, "hue": 0.0}, "smoke"))
+    given = dict(draw=STUDIES["augmentation"].draw, rows=lambda cards: (("run",), [(r.name,) for r in runs]))
+    given["protocols"] = ("knn", "metrics")
+    about = dict(name="tiny", title="Tiny", question="Does the queue work?", answer="It does.", full="-")
+    return Study(**{**about, **given, "runs": runs, "seeds": (0, 1), **more})
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_runs_are_valid_commands(name):
+    """Each run's flags, parsed as the command line would, give the config that the study says; names are unique."""
+    import importlib
+
+    from common.cli import parse
+
+    study = STUDIES[name]
+    assert study.name == name and len({run.name for run in study.runs}) == len(study.runs)
+    for run in study.runs:
+        module, *flags = run.flags(3)
+        presets = importlib.import_module(module.replace(".train", ".config")).PRESETS
+        preset, config = parse(presets, module, flags)
+        assert preset == run.preset and asdict(config) == asdict(run.config(3)), run.name
+        assert run.fields, "a run differs from its preset, in size at least"
+    assert not study.runs or any(run.baselines for run in study.runs)
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(UserError, match="simclr has no field tau"):
+        Run("x", "simclr", {"tau": 1}).config(0)
+
+
+def test_items_go_seed_by_seed():
+    assert [(r.name, s) for r, s in items(tiny_study())] == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+    assert len(items(tiny_study(), 1)) == 2
+
+
+def test_queue_runs_skips_refuses_and_writes(tmp_path):
+    study = tiny_study(seeds=(0,))
+    queue = Queue(study, tmp_path, quiet(), jobs=2)
+    queue.run(limit=1)
+    assert card_of(study, *items(study)[0], tmp_path) and not card_of(study, *items(study)[1], tmp_path)
+    first = (tmp_path / "one-seed0" / "result.json").stat().st_mtime_ns
+    queue.run()
+    assert (tmp_path / "one-seed0" / "result.json").stat().st_mtime_ns == first, "a finished card is kept"
+    cards = collect(study, tmp_path)
+    assert len(cards) == 2 and set(cards.baselines("knn-20-0.07")) == {"raw pixels", "random init"}
+    assert cards.of("two")[0]["config"]["hue"] == 0.0
+    protocols = {row["protocol"] for row in cards.of("two")[0]["evaluations"]}
+    assert protocols == {"knn-20-0.07", "knn-200-0.1", "label-free"}
+    assert not any(row["baselines"] for row in cards.of("two")[0]["evaluations"])
+
+    write_cards(tmp_path / "cards.jsonl", cards)
+    again = read_cards(tmp_path / "cards.jsonl")
+    for name in ("one", "two"):
+        assert again.values(name, "knn-20-0.07") == pytest.approx(cards.values(name, "knn-20-0.07"), rel=1e-5)
+    assert again.baselines("knn-20-0.07") == pytest.approx(cards.baselines("knn-20-0.07"), rel=1e-5)
+    assert str(tmp_path) not in (tmp_path / "cards.jsonl").read_text()
+
+    other = replace(study, runs=(Run("one", "simclr", {**TINY, "temperature": 0.3}, "smoke"), study.runs[1]))
+    with pytest.raises(UserError, match="temperature 0.2, not 0.3.*remove it, or give another --out"):
+        collect(other, tmp_path)
+
+
+def test_a_failing_run_stops_the_queue_and_says_why(tmp_path):
+    bad = Run("bad", "simclr", {**TINY, "subvector": 8}, "smoke")
+    with pytest.raises(UserError, match=r"bad-seed0 stopped with status 2: error: --subvector takes 1 to 64"):
+        Queue(tiny_study(runs=(bad, *tiny_study().runs)), tmp_path, quiet(), jobs=1).run()
+    assert not (tmp_path / "one-seed0").exists()
+
+
+def test_divergence_is_an_answer_where_a_study_says_so(tmp_path):
+    wild = Run("wild", "simclr", {**TINY, "optimizer": "sgd", "base_lr": 1e30, "warmup_epochs": 0.0}, "smoke")
+    study = tiny_study(runs=(wild,), seeds=(0,), may_diverge=True)
+    Queue(study, tmp_path, quiet(), jobs=1).run()
+    (card,) = collect(study, tmp_path).of("wild")
+    assert card["diverged"].startswith("the loss is ") and card["evaluations"] == []
+    with pytest.raises(UserError, match="the loss is"):
+        Queue(replace(study, may_diverge=False), tmp_path / "b", quiet(), jobs=1).run()
+
+
+def test_sigterm_saves_the_run_and_the_queue_continues_it(tmp_path):
+    """The command itself, on a real study, killed in its first run."""
+    command = Command("studies", "augmentation", "--out", tmp_path, "--jobs", 1, "--limit", 1, log=tmp_path / "log")
+    log, metrics = tmp_path / "flip-seed0.log", tmp_path / "flip-seed0" / "metrics.jsonl"
+    command.kill_at(20, metrics, signal.SIGTERM)
+    assert command.wait() == 0 and "stopped by a signal; the same command continues" in command.output()
+    assert "checkpoint saved" in log.read_text()
+    assert list((tmp_path / "flip-seed0" / "checkpoints").glob("step-*"))
+
+
+def test_text_is_mean_and_sample_deviation():
+    def card(value):
+        row = {"protocol": "linear", "target": "label", "metric": "top-1", "value": value}
+        return {"evaluations": [row]}
+
+    cards = Cards({("a", 0): card(10.0), ("a", 1): card(20.0), ("b", 0): card(5.0), ("c", 0): {"evaluations": []}})
+    assert cards.text("a", "linear") == f"{fmean((10, 20)):.1f} ± {stdev((10, 20)):.1f}" == "15.0 ± 7.1"
+    assert cards.text("b", "linear") == "5.0" and cards.text("c", "linear") == "–"
+    assert cards.text("d", "linear") == "not run"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
+    """A queue that is stopped early still leaves a figure: no card of some runs, one seed of others."""
+    study = STUDIES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def card(run: str) -> dict:
+        value = float(torch.rand((), generator=generator)) * 50
+        about = {"method": run.split("-")[0], "preset": "quickstart", "config": {}, "warnings": []}
+        kinds = [("linear", "label", "top-1"), ("knn-20-0.07", "label", "top-1"), ("rotation", "rotation", "top-1")]
+        kinds += [("label-free", "features", m) for m in ("RankMe", "alpha-ReQ", "feature std")]
+        rows = [{"protocol": p, "target": t, "metric": m, "value": value} for p, t, m in kinds]
+        return {**about, "evaluations": rows}
+
+    names = [run.name for run in study.runs][::2]
+    cards = {(run, seed): card(run) for run in names for seed in (0, 1)}
+    cards |= {(f"{other}/{run.name}", seed): card(run.name) for other in study.borrows for run in STUDIES[other].runs
+              for seed in (0, 1)}  # fmt: skip
+    cards = Cards(cards)
+    study.draw(cards).savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    text = table(study, cards)
+    assert text.count("\n") >= 3 and "| nan" not in text
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="tiny has no card yet"):
+        write_results(tiny_study(), tmp_path, Cards({}))
+    with pytest.raises(UserError, match="no study: studies are projector"):
+        main(["projektor"])
+
+
+def test_borrowed_cards_carry_their_studys_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = {"evaluations": [{"protocol": "linear", "target": "label", "metric": "top-1", "value": 7.0}]}
+    place = tmp_path / "runs" / "study-scale"
+    place.mkdir(parents=True)
+    write_cards(place / "cards.jsonl", Cards({("x", 0): card}))
+    assert with_borrowed(tiny_study(borrows=("scale",)), Cards({})).values("scale/x", "linear") == [7.0]
+
+
+def test_committed_results_are_of_these_studies():
+    """Each committed card has the settings its study would run today, and the page is what they say."""
+    from studies.page import HERE, RESULTS
+
+    found = sorted(RESULTS.glob("*/cards.jsonl"))
+    for path in found:
+        study = STUDIES[path.parent.name]
+        runs = {run.name: run for run in study.runs}
+        for (name, seed), card in read_cards(path).cards.items():
+            wanted = json.loads(json.dumps(asdict(runs[name].config(seed))))
+            differing = [k for k in runs[name].fields if card["config"][k] != wanted[k]]
+            assert not differing and card["seed"] == seed, (path, name, differing)
+        assert study.answer, f"{study.name} has cards and no answer"
+    if found:
+        assert (HERE / "README.md").read_text() == page(STUDIES.values())
+
+
+# ---- measures without labels -----------------------------------------------------------------------------------------
+
+
+def test_rank_correlation_by_hand():
+    def slow(x, y):
+        """Pearson's correlation of ranks, each the mean place among its equals."""
+        def places(v):
+            return [sum(a < b for a in v) + (sum(a == b for a in v) - 1) / 2 for b in v]
+        a, b = places(x), places(y)
+        ma, mb = fmean(a), fmean(b)
+        top = sum((i - ma) * (j - mb) for i, j in zip(a, b, strict=True))
+        return top / (sum((i - ma) ** 2 for i in a) * sum((j - mb) ** 2 for j in b)) ** 0.5
+
+    x, y = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0], [2.0, 7.0, 1.0, 8.0, 2.0, 8.0, 1.0]
+    assert label_free.spearman(x, y) == pytest.approx(slow(x, y), abs=1e-12)
+    assert label_free.spearman(x, [v**3 for v in x]) == pytest.approx(1.0)
+    assert label_free.spearman(x, [-v for v in x]) == pytest.approx(-1.0)
+
+
+def test_interval_of_the_correlation_draws_settings_not_seeds():
+    """Three seeds of a setting are one draw: copies of each pair widen nothing and narrow nothing."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(30, 2, generator=generator)
+    pairs = [(float(a), float(a + b)) for a, b in noise]
+    once = label_free.bootstrapped([[p] for p in pairs], label_free.spearman)
+    thrice = label_free.bootstrapped([[p] * 3 for p in pairs], label_free.spearman)
+    assert thrice == pytest.approx(once, abs=1e-9)
+    low, high = once
+    assert low < label_free.spearman(*zip(*pairs, strict=True)) < high and high - low > 0.1
+
+
+# ---- the projector's layers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["simclr", "barlow", "byol"])
+def test_guillotine_reads_the_trained_projector(method, tmp_path):
+    """The rebuilt projector gives what the method's own network gives, layer by layer, and its rows reach the card."""
+    flags = ("--epochs", 1, "--limit", 128, "--eval-protocols", "knn", "--no-eval-baselines")
+    code, text = run_command(f"methods.{method}.train", "smoke", *flags, "--out", tmp_path, "--name", "run",
+                             log=tmp_path / "log")  # fmt: skip
+    assert code == 0, text
+    from common import checkpoint
+    from common.backbones import load_backbone
+
+    state = checkpoint.load_newest(tmp_path / "run" / "checkpoints")[1]["stateful"]
+    backbone, _ = load_backbone(tmp_path / "run")
+    backbone = backbone.train()
+    match method:
+        case "simclr":
+            from methods.simclr.train import SimCLR
+
+            model = SimCLR(backbone, 128, "batch")
+            model.load_state_dict(state["model"])
+            own = model.projector
+        case "barlow":
+            from methods.barlow.train import BarlowTwins
+
+            model = BarlowTwins(backbone, (64, 128))
+            model.load_state_dict(state["model"])
+            own = model.projector
+        case "byol":
+            from methods.byol.train import Encoder, Online
+
+            model = Online(Encoder(backbone, 256, 64), 256)
+            model.load_state_dict(state["model"])
+            own = model.encoder.projector
+    rebuilt, x = projector.trained_projector(tmp_path / "run", method), torch.randn(16, 64)
+    torch.testing.assert_close(rebuilt(x), own.eval()(x))
+    names = [name for name, _ in projector.layers_of(rebuilt)]
+    assert names == ["hidden 1", "output"]
+    projector.measure(tmp_path / "run")
+    card = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = [(r["target"], r["metric"]) for r in card["evaluations"] if r["protocol"] == "guillotine"]
+    assert rows == [(n, m) for n in names for m in ("top-1", "RankMe")] and card["measured"] == [projector.MODULE]
+
+
+def test_directory_names_hold_run_and_seed():
+    assert directory_name(Run("a+b", "simclr"), 2) == "a+b-seed2"
