@@ -1,10 +1,12 @@
 """Questions about self-supervised learning, each answered by a table of runs and one figure: `python -m studies`."""
 
 from .augmentation import STUDY as AUGMENTATION
+from .decoder import STUDY as DECODER
 from .label_free import STUDY as LABEL_FREE
 from .projector import STUDY as PROJECTOR
 from .scale import STUDY as SCALE
 from .stability import STUDY as STABILITY
 from .study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (PROJECTOR, AUGMENTATION, SCALE, STABILITY, LABEL_FREE)}
+_ALL = (PROJECTOR, AUGMENTATION, SCALE, STABILITY, LABEL_FREE, DECODER)
+STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

@@ -134,8 +134,10 @@ def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
         value = float(torch.rand((), generator=generator)) * 50
         about = {"method": run.split("-")[0], "preset": "quickstart", "config": {}, "warnings": []}
         kinds = [("linear", "label", "top-1"), ("knn-20-0.07", "label", "top-1"), ("rotation", "rotation", "top-1")]
+        kinds += [("decoder", "pixels", "R2")]
         kinds += [("label-free", "features", m) for m in ("RankMe", "alpha-ReQ", "feature std")]
-        rows = [{"protocol": p, "target": t, "metric": m, "value": value} for p, t, m in kinds]
+        rows = [{"protocol": p, "target": t, "metric": m, "value": value, "baselines": {"random init": value / 2}}
+                for p, t, m in kinds]  # fmt: skip
         return {**about, "evaluations": rows}
 
     names = [run.name for run in study.runs][::2]

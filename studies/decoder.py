@@ -1,0 +1,130 @@
+"""What each method's features keep of an image: a small decoder draws it back.
+
+    python -m studies.decoder RUN_DIRECTORY      R2 of the decoded test images into the run's card, and some of them
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+
+from common.cli import guarded
+from common.data import open_data
+from common.files import write_whole
+from eval.decoder import Constants, decode, mean_of, sheet, squared_error, train_decoder
+from eval.features import extract_features
+from eval.figures import styled
+from eval.load import load, random_init
+from eval.protocols import RANDOM, merge_rows
+from eval.report import PALETTE
+
+from .figures import legend, points
+from .study import SMALL, Cards, Run, Study, directory_name
+
+MODULE = "studies.decoder"
+METHODS = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "amdim", "cpc", "dim", "mae", "ijepa", "autoencoder")
+SHOWN = 10
+FILE = "decoded.safetensors"
+CONSTANTS = Constants(train_images=5_000)
+FACTORS = ("hue", "background_hue", "size", "x", "y", "rotation")
+
+
+def measure(directory: Path) -> None:
+    """Train a decoder on the run's frozen features and one on those of random weights; R2 on test images."""
+    path = directory / "result.json"
+    card = json.loads(path.read_text())
+    backbone, spec = load(directory)
+    size = spec.image_size
+    train = open_data(card["config"]["data"], "train", limit=CONSTANTS.train_images, image_size=size)
+    test = open_data(card["config"]["data"], "test", image_size=size)
+    images, test_images = (store.eval_images(0, len(store), size) for store in (train, test))
+    base = squared_error(test_images, test_images, lambda _: mean_of(images))
+    found, pictures = {}, None
+    for name, network in (("", backbone), (RANDOM, random_init(spec, card["seed"]))):
+        about = dict(image_size=size, mean=spec.mean, std=spec.std)
+        x, test_x = (extract_features(network, store, **about) for store in (train, test))
+        decoder = train_decoder(x, images, constants=CONSTANTS, seed=card["seed"])
+        found[name] = 1 - squared_error(test_x, test_images, lambda part, d=decoder: decode(d, part)) / base
+        if not name:
+            pictures = decode(decoder, test_x[:SHOWN])
+            width = x.shape[1]
+    text = "R2 of test images that a small decoder draws from the frozen features; 0: the mean image."
+    row = {"protocol": "decoder", "target": "pixels", "metric": "R2", "value": found[""], "text": text}
+    row |= {"settings": {"dimensions": width, "epochs": CONSTANTS.epochs}, "baselines": {RANDOM: found[RANDOM]}}
+    card["evaluations"] = merge_rows(card["evaluations"], [row])
+    card["measured"] = [MODULE]
+    save_file({"decoded": pictures.contiguous(), "originals": test_images[:SHOWN].contiguous()}, directory / FILE)
+    write_whole(path, json.dumps(card, indent=1) + "\n")
+
+
+def draw_sheet(place: Path, cards: Cards) -> None:
+    """`sheet.png`: the same test images, decoded from each method's features, of the first seed."""
+    rows, originals = {}, None
+    for run in RUNS:
+        path = place / directory_name(run, STUDY.seeds[0]) / FILE
+        if path.exists():
+            tensors = load_file(path)
+            rows[run.name], originals = tensors["decoded"], tensors["originals"]
+    if rows:
+        figure = sheet(originals, rows, "The same test images, decoded from each method's frozen features")
+        figure.savefig(place / "sheet.png", dpi=110)
+
+
+@styled
+def draw(cards: Cards) -> Figure:
+    """Pixels against the figure: what a decoder gives back, and what a linear probe reads."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    places = range(len(RUNS))
+    names = [run.name for run in RUNS]
+    points(left, places, [cards.values(n, "decoder", "pixels") for n in names], color=PALETTE[0], label="trained",
+           line=False)  # fmt: skip
+    random = [[r["baselines"][RANDOM] for c in cards.of(n) for r in c["evaluations"] if r["protocol"] == "decoder"]
+              for n in names]  # fmt: skip
+    points(left, [p + 0.25 for p in places], random, color="#b8860b", label="random weights", line=False)
+    left.axhline(0, color="#1e2429", linewidth=0.8)
+    left.set_xticks(places, names, rotation=35, ha="right")
+    left.set_title("decoded test images: R2 of pixels")
+    legend(left, fontsize=8)
+    for name in names:
+        x, y = cards.values(name, "decoder", "pixels"), cards.values(name, "linear")
+        if x and y:
+            right.plot(fmean(x), fmean(y), "o", color=PALETTE[0])
+            right.annotate(name, (fmean(x), fmean(y)), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+    right.set(title="figure known against pixels known", xlabel="R2 of pixels", ylabel="linear probe on the figure, %")
+    return figure
+
+
+def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
+    head = ("method", "R2 of pixels", "linear, %", *(f"R2 {f.replace('_', ' ')}" for f in FACTORS))
+    return head, [
+        (run.name, cards.text(run.name, "decoder", "pixels", "R2", ".2f"), cards.text(run.name, "linear"),
+         *(cards.text(run.name, "factor-linear", f, "R2", ".2f") for f in FACTORS))
+        for run in RUNS
+    ]  # fmt: skip
+
+
+RUNS = tuple(Run(method, method, SMALL, baselines=method == METHODS[0]) for method in METHODS)
+STUDY = Study(
+    name="decoder",
+    title="Looking into a representation",
+    question="What of an image can be drawn from each method's features, and what has been forgotten?",
+    runs=RUNS,
+    draw=draw,
+    rows=rows,
+    answer="",
+    full="Samples instead of averages need a conditional diffusion model (RCDM, arXiv:2112.09164), which showed that "
+    "ImageNet features keep much of an image before the projector and little after it.",
+    protocols=("linear", "factors"),
+    measure=MODULE,
+    after=draw_sheet,
+)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m studies.decoder RUN_DIRECTORY")
+    guarded(lambda: measure(Path(sys.argv[1])))
