@@ -1,4 +1,5 @@
-"""Which measure without labels ranks networks as the linear probe does? No runs of its own: the cards of the others."""
+"""Which measure without labels ranks networks as the linear probe does? No runs of its own: the cards of the others,
+and of the methods' own results on shapes."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,15 +13,15 @@ from eval.report import PALETTE
 
 from .study import Cards, Study
 
-# name -> (protocol, target, metric, what the literature says is better: higher or lower)
-MEASURES: dict[str, tuple[str, str, str, int]] = {
-    "rotation prediction, %": ("rotation", "rotation", "top-1", 1),
-    "RankMe": ("label-free", "features", "RankMe", 1),
-    "alpha-ReQ": ("label-free", "features", "alpha-ReQ", -1),
-    "uniformity": ("label-free", "features", "uniformity", -1),
-    "alignment": ("label-free", "features", "alignment", -1),
+# name -> (its row of a card, what is said to be better, a number that is then higher)
+MEASURES: dict[str, tuple[tuple[str, str, str], str, Callable[[float], float]]] = {
+    "rotation prediction, %": (("rotation", "rotation", "top-1"), "higher", lambda v: v),
+    "RankMe": (("label-free", "features", "RankMe"), "higher", lambda v: v),
+    "alpha-ReQ": (("label-free", "features", "alpha-ReQ"), "nearer to 1", lambda v: -abs(v - 1)),
+    "uniformity": (("label-free", "features", "uniformity"), "lower", lambda v: -v),
+    "alignment": (("label-free", "features", "alignment"), "lower", lambda v: -v),
 }
-BORROWED = ("projector", "augmentation", "scale")
+BORROWED = ("projector", "augmentation", "scale", "methods")
 DRAWS = 2000
 
 
@@ -49,10 +50,6 @@ def bootstrapped(groups: Sequence[Sequence[tuple[float, float]]], statistic: Cal
     return low, high
 
 
-def method_of(cards: Cards, run: str) -> str:
-    return cards.of(run)[0]["method"]
-
-
 def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dict[str, list[tuple[float, float]]]:
     """run -> (measure, linear accuracy) of each seed. Runs on other data than plain shapes are left out."""
     found: dict[str, list[tuple[float, float]]] = {}
@@ -67,23 +64,23 @@ def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dic
 
 
 def correlation(cards: Cards, name: str, study: str = "") -> tuple[float, float, float] | None:
-    """(Spearman's correlation of goodness by the measure with linear accuracy, low, high); None below five settings."""
-    *row, sign = MEASURES[name]
-    groups = list(pairs_of(cards, tuple(row), study=study).values())
+    """(Spearman's correlation of how good the measure says a run is with its linear accuracy, low, high); None below
+    five settings."""
+    row, _, better = MEASURES[name]
+    groups = [[(better(x), y) for x, y in group] for group in pairs_of(cards, row, study=study).values()]
     if len(groups) < 5:
         return None
-    x, y = zip(*(pair for group in groups for pair in group), strict=True)
-    low, high = bootstrapped(groups, lambda a, b: sign * spearman(a, b))
-    return sign * spearman(x, y), low, high
+    pairs = [pair for group in groups for pair in group]
+    return spearman(*zip(*pairs, strict=True)), *bootstrapped(groups, spearman)
 
 
 @styled
 def draw(cards: Cards) -> Figure:
     figure = Figure(figsize=(13, 3.5), layout="constrained")
     axes = figure.subplots(1, len(MEASURES))
-    for ax, (name, (*row, _)) in zip(axes, MEASURES.items(), strict=True):
+    for ax, (name, (row, *_)) in zip(axes, MEASURES.items(), strict=True):
         for study, color in zip(BORROWED, PALETTE, strict=False):
-            pairs = [pair for group in pairs_of(cards, tuple(row), study=study).values() for pair in group]
+            pairs = [pair for group in pairs_of(cards, row, study=study).values() for pair in group]
             ax.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=color, label=study, alpha=0.7)
         found = correlation(cards, name)
         told = "" if found is None else "\n{:.2f} [{:.2f}, {:.2f}]".format(*found)
@@ -96,12 +93,12 @@ def draw(cards: Cards) -> Figure:
 def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
     head = ("measure, better is", "all", *BORROWED)
     found = []
-    for name, (*_, sign) in MEASURES.items():
+    for name, (_, better, _) in MEASURES.items():
         cells = []
         for study in ("", *BORROWED):
             value = correlation(cards, name, study)
             cells.append("too few runs" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value))
-        found.append((f"{name.removesuffix(', %')}, {'higher' if sign > 0 else 'lower'}", *cells))
+        found.append((f"{name.removesuffix(', %')}, {better}", *cells))
     return head, found
 
 

@@ -1,5 +1,6 @@
 """Figure, table and page of the studies: `studies/results/NAME/` and `studies/README.md`."""
 
+import json
 from pathlib import Path
 
 from common.errors import UserError
@@ -9,6 +10,7 @@ from .study import Cards, Study, collect, folder, items, read_cards, write_cards
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+METHODS = "methods"  # in `Study.borrows`: the cards in methods/*/results
 HEAD = """# Studies
 
 Questions that decide whether self-supervised learning works in practice, each answered by one small study: a table of
@@ -42,9 +44,16 @@ def write_results(study: Study, place: Path, cards: Cards, *, runs_are_here: boo
 
 
 def with_borrowed(study: Study, cards: Cards) -> Cards:
-    """The cards, with those of other studies under STUDY/RUN: from runs/ where they are, else the committed ones."""
+    """The cards, with those of other studies under STUDY/RUN: from runs/ where they are, else the committed ones; and
+    of the methods' own results on shapes under methods/METHOD-PRESET."""
     found = dict(cards.cards)
     for name in study.borrows:
+        if name == METHODS:
+            for path in sorted(HERE.parent.glob("methods/*/results/*.json")):
+                card = json.loads(path.read_text())
+                if card["data"]["name"] == "shapes":
+                    found[f"{METHODS}/{card['method']}-{card['preset']}", card["seed"]] = card
+            continue
         path = next((p for p in (Path("runs") / f"study-{name}" / "cards.jsonl", RESULTS / name / "cards.jsonl")
                      if p.exists()), None)  # fmt: skip
         if path is not None:
@@ -91,7 +100,8 @@ def page(studies) -> str:
         link = f"[cards.jsonl](results/{study.name}/cards.jsonl)"
         origin = f"{len(cards)} of {len(items(study))} runs, seeds {seeds}; cards in {link}"
         if not study.runs:
-            origin = f"No runs of its own: the cards of the studies {', '.join(study.borrows)}"
+            others = ", ".join(name for name in study.borrows if name != METHODS)
+            origin = f"No runs of its own: the cards of the studies {others}, and those of `methods/*/results`"
         figures = ["figure.png", *sorted(p.name for p in place.glob("*.png") if p.name != "figure.png")]
         pictures = "\n".join(f"![{study.title}](results/{study.name}/{name})" for name in figures)
         parts.append(f"{study.answer}\n\n{pictures}\n\n{origin}; again with "

@@ -87,7 +87,7 @@ class Study:
     measure: str = ""
     """A module for `python -m MODULE DIRECTORY` after each run, which adds rows to the run's card."""
     borrows: tuple[str, ...] = ()
-    """Other studies whose cards this one reads too, under the name STUDY/RUN."""
+    """Other studies whose cards this one reads too, under the name STUDY/RUN; "methods": the methods' own cards."""
     after: Callable[[Path, "Cards"], None] | None = None
     """Called with the study's folder when cards have come: what needs the runs themselves and not only their cards."""
     may_diverge: bool = False

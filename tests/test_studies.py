@@ -142,8 +142,9 @@ def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
 
     names = [run.name for run in study.runs][::2]
     cards = {(run, seed): card(run) for run in names for seed in (0, 1)}
-    cards |= {(f"{other}/{run.name}", seed): card(run.name) for other in study.borrows for run in STUDIES[other].runs
-              for seed in (0, 1)}  # fmt: skip
+    for other in study.borrows:
+        others = STUDIES[other].runs if other != "methods" else [Run(f"m{i}-quickstart", "m") for i in range(6)]
+        cards |= {(f"{other}/{run.name}", seed): card(run.name) for run in others for seed in (0, 1)}
     cards = Cards(cards)
     study.draw(cards).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -165,6 +166,8 @@ def test_borrowed_cards_carry_their_studys_name(tmp_path, monkeypatch):
     place.mkdir(parents=True)
     write_cards(place / "cards.jsonl", Cards({("x", 0): card}))
     assert with_borrowed(tiny_study(borrows=("scale",)), Cards({})).values("scale/x", "linear") == [7.0]
+    own = with_borrowed(tiny_study(borrows=("methods",)), Cards({}))
+    assert own.seeds == [0, 1, 2] and len(own.values("methods/simclr-quickstart", "linear")) == 3
 
 
 def test_committed_results_are_of_these_studies():
