@@ -7,6 +7,7 @@ open otherwise. Nothing on this page is chosen by looking at results.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -52,6 +53,7 @@ NAMES = {
     "accuracy": "test accuracy, %",
     "sigma": "sigma of the VAE layer",
 }
+SUMMARY = ("V", "g_inst", "nt_xent_same_0.5", "consistency", "accuracy")
 START = "its start"
 TENTH = "a tenth of its start"
 FEWEST = "the gap with most labels"
@@ -309,9 +311,8 @@ def terms(study: Study, labels: int) -> str:
 @styled
 def summary(study: Study) -> Figure:
     """The claim in one figure: A1 minus A0 and A1 minus A2 by number of labels, 95 % intervals, paired by seed."""
-    measures = ("V", "g_inst", "nt_xent_same_0.5", "consistency", "accuracy")
-    figure = Figure(figsize=(2.3 * len(measures), 2.9), layout="constrained")
-    for ax, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
+    figure = Figure(figsize=(2.3 * len(SUMMARY), 2.9), layout="constrained")
+    for ax, measure in zip(figure.subplots(1, len(SUMMARY)), SUMMARY, strict=True):
         for shift, (other, shade) in zip((-0.1, 0.1), (("A0", PALETTE[0]), ("A2", PALETTE[1])), strict=True):
             found = [study.pairs(Condition("A1", measure, other, "+"), n) for n in study.budgets]
             for place, values in enumerate(found):
@@ -387,14 +388,26 @@ def budget_name(labels: int) -> str:
 
 
 def markdown(study: Study) -> str:
-    """The verdicts and the tables, for a README."""
-    lines = []
+    """For a README: verdicts, what dropout and its second mask do, and all arms at the end."""
+    budgets = [budget_name(n) for n in study.budgets]
+    verdicts = [(CONDITIONS[name][0], *(verdict(study, name, n)[0] for n in study.budgets)) for name in CONDITIONS]
+    pairs = []
+    for measure in SUMMARY:
+        for other in ("A0", "A2"):
+            values = [study.pairs(Condition("A1", measure, other, "+"), n) for n in study.budgets]
+            pairs.append((f"{NAMES[measure].split(':')[0]}, A1 − {other}", *map(show, values)))
+    seeds = ", ".join(map(str, study.seeds))
+    lines = [f"**{study.about}**: {len(study.cards)} of {study.planned} runs, seeds {seeds}", ""]
+    lines += [*grid(("verdict", *budgets), verdicts), "", *grid(("difference, 95 % interval", *budgets), pairs), ""]
     for labels in study.budgets:
-        said = ", ".join(f"{name} {verdict(study, name, labels)[0]}" for name in CONDITIONS)
-        head, rows = results_rows(study, labels)
-        lines += [f"**{study.about}, {budget_name(labels)}**: {said}.", "", f"| {' | '.join(head)} |"]
-        lines += ["|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
+        lines += [f"All arms at the end, {budget_name(labels)}:", "", *grid(*results_rows(study, labels)), ""]
     return "\n".join(lines)
+
+
+def grid(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a markdown table, numbers to the right."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return [lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]]
 
 
 def section(title: str, *parts: str) -> str:
