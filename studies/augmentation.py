@@ -18,6 +18,7 @@ ON: dict[str, dict[str, object]] = {
     "blur": {"blur": 0.5},
 }
 NAMES = tuple(ON)
+STRIPES = ("colour", "colour, stripes", "crop+colour", "crop+colour, stripes")
 FACTORS = ("hue", "background_hue", "size", "x", "y", "rotation")
 
 
@@ -31,11 +32,13 @@ def views(*names: str) -> dict[str, object]:
 
 PAIRS = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1 :]]
 CELLS = [(), *((name,) for name in NAMES), *PAIRS, NAMES]
+STRIPED = {"textured": ("crop", "colour"), "textured-colour": ("colour",)}
 RUNS = (
     *(Run(cell(*c), "simclr", {**SMALL, **views(*c)}, baselines=c == ()) for c in CELLS),
     # Stripes that both views share: an easier way to tell images apart than the figure is.
-    Run("textured", "simclr", {**SMALL, **views("crop", "colour"), "data": "shapes-textured"}, baselines=True),
-)
+    *(Run(name, "simclr", {**SMALL, **views(*c), "data": "shapes-textured"}, baselines=name == "textured")
+      for name, c in STRIPED.items()),
+)  # fmt: skip
 
 
 def mean(cards: Cards, run: str, *row: str) -> float | None:
@@ -57,15 +60,14 @@ def draw(cards: Cards) -> Figure:
     r2 = [[mean(cards, run, "factor-linear", f, "R2") for f in FACTORS] for run in rows]
     matrix(factors, rows, FACTORS, r2, low=0, high=1, form="{:.2f}")
     factors.set_title("what the features still say: R2 of each factor")
-    plain = cell("crop", "colour")
-    for place, run in enumerate((plain, "textured")):
-        points(shared, [place], [cards.values(run, "linear")], color=PALETTE[0], label="linear" if not place else "")
-        points(shared, [place], [cards.values(run, "knn-20-0.07")], color=PALETTE[1], label="" if place else "kNN")
-    only = Cards({k: c for k, c in cards.cards.items() if k[0] == "textured"})
+    order = [run for name, views in reversed(STRIPED.items()) for run in (cell(*views), name)]
+    for protocol, label, color in (("linear", "linear", PALETTE[0]), ("knn-20-0.07", "kNN", PALETTE[1])):
+        values = [cards.values(run, protocol) for run in order]
+        points(shared, range(len(order)), values, color=color, label=label, line=False)
+    only = Cards({key: card for key, card in cards.cards.items() if key[0] in STRIPED})
     baseline_lines(shared, only, "linear")
-    shared.set_xticks([0, 1], ["plain", "shared stripes"])
-    shared.set_xlim(-0.5, 1.5)
-    shared.set_title("crop+colour: the figure, %")
+    shared.set_xticks(range(len(order)), STRIPES, rotation=30, ha="right")
+    shared.set_title("shared stripes: the figure, %")
     legend(shared)
     return figure
 
