@@ -35,7 +35,7 @@ class Arguments:
     seeds: int = 0
     """Only the first so many seeds (0: all)."""
     jobs: int = 0
-    """Runs at a time, each with its share of the cores; 0: one for each core."""
+    """Runs at a time, each with its share of the cores; 0: one for each core, eight at most."""
     limit: int = 0
     """Stop after this many runs (0: all)."""
     plan: bool = False

@@ -54,7 +54,7 @@ def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dic
     """run -> (measure, linear accuracy) of each seed. Runs on other data than plain shapes are left out."""
     found: dict[str, list[tuple[float, float]]] = {}
     for run in sorted({name for name, _ in cards.cards}):
-        if study not in ("", run.split("/")[0]) or run.endswith("/textured"):
+        if study not in ("", run.split("/")[0]) or "/textured" in run:
             continue
         for card in cards.of(run):
             values = {(r["protocol"], r["target"], r["metric"]): r["value"] for r in card["evaluations"]}

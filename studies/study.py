@@ -32,6 +32,7 @@ from eval.report import duration
 
 PROTOCOLS = ("knn", "linear", "metrics", "factors", "rotation")
 """What every run is scored by, unless its study says otherwise."""
+MOST_JOBS = 8  # at a time, unless asked for: each holds the data and a network
 SMALL: dict[str, object] = {"limit": 5000, "batch_size": 128, "epochs": 10, "knn_every": 0}
 """The small size: 5,000 shapes, 390 steps, under a minute a run on one core. A run's own fields go before these."""
 
@@ -221,7 +222,7 @@ class Queue:
     def __init__(self, study: Study, out: Path | None, console: Console, jobs: int = 0):
         self.study, self.out, self.console = study, out, console
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.jobs = max(1, min(jobs or cores, cores))
+        self.jobs = max(1, min(jobs or MOST_JOBS, cores))
         share = {"OMP_NUM_THREADS": str(cores // self.jobs), "OMP_WAIT_POLICY": "PASSIVE"}
         self.environment = {**os.environ, **share}
         self.lock, self.running, self.stopped = threading.Lock(), set(), False
