@@ -268,6 +268,7 @@ def curves(study: Study, labels: int, measures: tuple[str, ...], arms: tuple[str
             pad = 0.35 * (max(means) - min(means)) + 1e-9
             ax.set_ylim(min(means) - pad, max(means) + pad)
         ax.set_xscale("symlog", linthresh=2)
+        ax.set_xlim(left=0)
         ax.set_title(NAMES[measure].split(":")[0])
         ax.set_xlabel("optimiser steps")
     if axes[0].lines:
@@ -429,7 +430,22 @@ def headline(study: Study) -> str:
     )
     told = "A1 minus A0 (what dropout does) and A1 minus A2 (what its second mask does), 95 % intervals; dots: seeds."
     figure = tag(summary(study), "A1 minus A0 and A1 minus A2 by labels") + f'<p class="muted">{told}</p>'
-    return section("Verdict", table(("", *map(budget_name, study.budgets)), rows), figure, text(rule))
+    verdicts = table(("", *map(budget_name, study.budgets)), rows)
+    return section("Verdict", verdicts, deciding(study), figure, text(rule))
+
+
+def deciding(study: Study) -> str:
+    """A list: what fails, or is open, where a hypothesis is not supported."""
+    lines = []
+    for name in CONDITIONS:
+        for labels in study.budgets:
+            state, found = verdict(study, name, labels)
+            wanted = {"refuted": "fails", "undecided": "open"}.get(state)
+            names = [condition.sentence() for condition, _, became in found if became == wanted]
+            if names:
+                told = f"{name}, {budget_name(labels)}, {state}: {wanted}: {'; '.join(names)}"
+                lines.append(f"<li>{escape(told)}</li>")
+    return f'<details><summary>What decides</summary><ul>{"".join(lines)}</ul></details>' if lines else ""
 
 
 PROVABLE = (
