@@ -213,7 +213,8 @@ def collect(args: Arguments) -> Study:
     """The finished runs' cards; of `args.cards` those that belong to the grid. Raises UserError where none does."""
     grid = GRIDS[args.grid]
     if args.cards is None:
-        found = {(i.variant, i.labels, i.seed): card for i in items(args) if (card := card_of(i, args)) is not None}
+        cards = [(i, card) for i in items(args) if (card := card_of(i, args)) is not None]
+        found = {(i.variant, i.labels, i.seed): _short(card) for i, card in cards}  # as cards.jsonl has them
     else:
         if not args.cards.is_file():
             raise UserError(f"--cards {args.cards} is not a file")
@@ -232,7 +233,7 @@ def write_results(args: Arguments) -> None:
     write_whole(folder(args) / "study.html", write_page(study))
     write_whole(folder(args) / "study.md", markdown(study))
     summary(study).savefig(folder(args) / "summary.png", dpi=110)
-    lines = [{"run": Item(*key).name, **_short(card)} for key, card in study.cards.items()]
+    lines = [{"run": Item(*key).name, **card} for key, card in study.cards.items()]
     write_whole(folder(args) / "cards.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
