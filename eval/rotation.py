@@ -9,8 +9,8 @@ and architectures.
 Where it misleads:
 - If turns were among the augmentations, a good network has become invariant to them and scores near chance.
 - It ranks by what an upright photograph gives away: sky above, feet below. Images without an upright (satellites,
-  tissue) leave nothing to predict. So it is with `shapes`: its figures are turned at random and its plain backgrounds
-  look alike from all sides, and a score near chance there says nothing about the features.
+  tissue) leave little to predict. So it is with `shapes`: its figures are turned at random and its plain backgrounds
+  look alike from all sides. Scores there stay near chance, and still rank runs (studies/, label-free).
 - Raw pixels show how much of the answer is lighting and layout: read the number beside that baseline.
 """
 

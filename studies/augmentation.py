@@ -89,8 +89,13 @@ STUDY = Study(
     runs=RUNS,
     draw=draw,
     rows=rows,
-    answer="",
-    full="On ImageNet crop and colour together are what matters (SimCLR, figure 5: 55.8 % for the pair, and no single "
-    "one above 40), because colour histograms of crops give them away; flat figures have no other clue, so here the "
-    "effect is larger. The paper augments one branch alone; here both.",
+    answer="On flat figures colour is what matters: alone it takes the linear probe from 26 to 68 %, and the "
+    "features forget both hues; grey, blur and crops alone reach 30 % at most, and crops, which hide part "
+    "of a figure, hinder in ten epochs (34 % with colour; `quickstart`, 30 epochs of twice the images "
+    "with some grey, reaches 97). What both views share is learnt instead of the figure: with stripes on "
+    "the background colour alone falls from 68 to 16 %; with crops, which change the stripes, nothing is "
+    "lost (34 and 32 %).",
+    full="On ImageNet crop and colour together are what matters (SimCLR, figure 5): crops of one image share "
+    "their colours, and no single augmentation does well. Flat figures have few other clues, so here "
+    "colour does it alone. The paper augments one branch, here both are.",
 )

@@ -109,7 +109,11 @@ STUDY = Study(
     runs=(),
     draw=draw,
     rows=rows,
-    answer="",
+    answer="Rotation prediction: its rank correlation with the linear probe is 0.90 [0.79, 0.94], although no "
+    "run gets more than 32 % of the turns right (chance 25). RankMe (0.24, interval over zero) and alpha- "
+    "ReQ (-0.14) say next to nothing of these small networks, and uniformity and alignment point the "
+    "wrong way (-0.43, -0.77): features that spread evenly and hardly move under a crop belong to the "
+    "runs that learnt least.",
     full="RankMe (arXiv:2210.02885) and alpha-ReQ (Agrawal et al. 2022) were shown on ImageNet networks with 2048 "
     "features, mostly of one method at a time and over its hyperparameters; 64 features leave a spectrum little room.",
     borrows=BORROWED,

@@ -168,7 +168,12 @@ STUDY = Study(
     runs=RUNS,
     draw=draw,
     rows=rows,
-    answer="",
+    answer="SimCLR needs one: 26 % without, 73 % with a linear projector; but in 390 steps every further layer "
+    "costs (42 % with two, 23 % with three), a wider output helps (25, 42, 52 %), and a loss on 16 of the "
+    "64 features without a projector (22 %) is no better than on all. Features are best taken before a "
+    "projector of several layers, each of which knows less of the figure. Barlow Twins and BYOL have "
+    "hardly begun after ten epochs (25 and 17 % at most, random weights 12), so their curves say little. "
+    "RankMe follows none of it: it is as high for SimCLR's worst depth as for its second best.",
     full="On ImageNet SimCLR gains more than 10 points from a projector (SimCLR, figure 8), DirectCLR without one "
     "beats the linear one (arXiv:2110.09348), and Barlow Twins wants it as wide as 8192 (its figure 4), which a "
     "network of 64 features cannot show.",
