@@ -71,7 +71,7 @@ def test_queue_runs_skips_refuses_and_writes(tmp_path):
     assert len(cards) == 2 and set(cards.baselines("knn-20-0.07")) == {"raw pixels", "random init"}
     assert cards.of("two")[0]["config"]["hue"] == 0.0
     protocols = {row["protocol"] for row in cards.of("two")[0]["evaluations"]}
-    assert protocols == {"knn-20-0.07", "knn-200-0.1", "label-free"}
+    assert protocols == {"knn-20-0.07", "knn-128-0.1", "label-free"}  # of 128 images
     assert not any(row["baselines"] for row in cards.of("two")[0]["evaluations"])
 
     write_cards(tmp_path / "cards.jsonl", cards)
