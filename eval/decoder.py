@@ -318,7 +318,8 @@ def main(argv: list[str] | None = None) -> None:
     train_images, test_images = (store.eval_images(0, len(store), size).cpu() for store in (train, test))
     shown = sample(test, args.images)[1]
     console = Console(soft_wrap=True, highlight=False)
-    base = squared_error(test_images, test_images, lambda _: mean_of(train_images))
+    mean = mean_of(train_images)
+    base = squared_error(test_images, test_images, lambda _: mean)
     rows: list[dict] = []
     pictures: dict[str, Tensor] = {}
 

@@ -41,7 +41,8 @@ def measure(directory: Path) -> None:
     train = open_data(card["config"]["data"], "train", limit=CONSTANTS.train_images, image_size=size)
     test = open_data(card["config"]["data"], "test", image_size=size)
     images, test_images = (store.eval_images(0, len(store), size) for store in (train, test))
-    base = squared_error(test_images, test_images, lambda _: mean_of(images))
+    mean = mean_of(images)
+    base = squared_error(test_images, test_images, lambda _: mean)
     found, pictures = {}, None
     for name, network in (("", backbone), (RANDOM, random_init(spec, card["seed"]))):
         about = dict(image_size=size, mean=spec.mean, std=spec.std)

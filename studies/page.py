@@ -21,7 +21,7 @@ that `python -m studies NAME --plan` prints.
     make study NAME=augmentation         # run what is not done, draw the figure; stop it and go on at will
     python -m studies augmentation --from-cards          # the figure again, from the committed cards
 
-Runs are small on purpose (5,000 `shapes`, ten epochs, a ResNet of 4 MMAC, under a minute each on a core), so that a
+Runs are small on purpose (5,000 `shapes`, ten epochs, a ResNet of 4 MMAC, about a minute each on a core), so that a
 study takes two cores half an hour at most; a study that differs says so. A point is the mean over seeds, its bar the
 standard deviation, faint dots are the seeds: with three of them a difference of one bar is no finding. Probes are those
 of `python -m eval`, on frozen features. What is known of full size stands under each study.
@@ -31,7 +31,7 @@ Out of scope: beam search, video, GANs, restricted Boltzmann machines.
 
 def write_results(study: Study, place: Path, cards: Cards, *, runs_are_here: bool = False) -> None:
     """`cards.jsonl`, `figure.png` and `table.md` in `place`. Raises UserError where there is no card yet."""
-    shown = with_borrowed(study, cards)
+    shown = with_borrowed(study, cards, local=runs_are_here)
     if not len(shown):
         first = study.borrows[0] if study.borrows else study.name
         raise UserError(f"{study.name} has no card yet: python -m studies {first}")
@@ -43,9 +43,9 @@ def write_results(study: Study, place: Path, cards: Cards, *, runs_are_here: boo
     write_whole(place / "table.md", table(study, shown))
 
 
-def with_borrowed(study: Study, cards: Cards) -> Cards:
-    """The cards, with those of other studies under STUDY/RUN: from runs/ where they are, else the committed ones; and
-    of the methods' own results on shapes under methods/METHOD-PRESET."""
+def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
+    """The cards, with the committed ones of other studies under STUDY/RUN (`local`: those in runs/ before them), and of
+    the methods' own results on shapes under methods/METHOD-PRESET."""
     found = dict(cards.cards)
     for name in study.borrows:
         if name == METHODS:
@@ -54,9 +54,9 @@ def with_borrowed(study: Study, cards: Cards) -> Cards:
                 if card["data"]["name"] == "shapes":
                     found[f"{METHODS}/{card['method']}-{card['preset']}", card["seed"]] = card
             continue
-        path = next((p for p in (Path("runs") / f"study-{name}" / "cards.jsonl", RESULTS / name / "cards.jsonl")
-                     if p.exists()), None)  # fmt: skip
-        if path is not None:
+        own = Path("runs") / f"study-{name}" / "cards.jsonl"
+        path = own if local and own.exists() else RESULTS / name / "cards.jsonl"
+        if path.exists():
             found |= {(f"{name}/{run}", seed): card for (run, seed), card in read_cards(path).cards.items()}
     return Cards(found)
 

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from common.errors import UserError
-from common.files import write_whole
+from common.files import rounded, write_whole
 from common.run import FREE_FIELDS
 from eval.report import duration
 
@@ -34,7 +34,7 @@ PROTOCOLS = ("knn", "linear", "metrics", "factors", "rotation")
 """What every run is scored by, unless its study says otherwise."""
 MOST_JOBS = 8  # at a time, unless asked for: each holds the data and a network
 SMALL: dict[str, object] = {"limit": 5000, "batch_size": 128, "epochs": 10, "knn_every": 0}
-"""The small size: 5,000 shapes, 390 steps, under a minute a run on one core. A run's own fields go before these."""
+"""The small size: 5,000 shapes, 390 steps, about a minute a run on one core. A run's own fields override these."""
 
 
 @dataclass(frozen=True)
@@ -195,19 +195,7 @@ def write_cards(path: Path, cards: Cards) -> None:
         rows = [{k: v for k, v in row.items() if k not in ("settings", "text", "baselines") or k == "baselines" and v}
                 for row in card["evaluations"]]  # fmt: skip
         lines.append({"run": run, **card, "seed": seed, "evaluations": rows})
-    write_whole(path, "".join(f"{json.dumps(short(line))}\n" for line in lines))
-
-
-def short(value):
-    """The same with floats of six significant digits."""
-    match value:
-        case dict():
-            return {k: short(v) for k, v in value.items()}
-        case list():
-            return [short(v) for v in value]
-        case float():
-            return float(f"{value:.6g}")
-    return value
+    write_whole(path, "".join(f"{json.dumps(rounded(line))}\n" for line in lines))
 
 
 # ---- the queue -------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_borrowed_cards_carry_their_studys_name(tmp_path, monkeypatch):
     place = tmp_path / "runs" / "study-scale"
     place.mkdir(parents=True)
     write_cards(place / "cards.jsonl", Cards({("x", 0): card}))
-    assert with_borrowed(tiny_study(borrows=("scale",)), Cards({})).values("scale/x", "linear") == [7.0]
+    assert with_borrowed(tiny_study(borrows=("scale",)), Cards({}), local=True).values("scale/x", "linear") == [7.0]
     own = with_borrowed(tiny_study(borrows=("methods",)), Cards({}))
     assert own.seeds == [0, 1, 2] and len(own.values("methods/simclr-quickstart", "linear")) == 3
 
@@ -183,6 +183,8 @@ def test_committed_results_are_of_these_studies():
             differing = [k for k in runs[name].fields if card["config"][k] != wanted[k]]
             assert not differing and card["seed"] == seed, (path, name, differing)
         assert study.answer, f"{study.name} has cards and no answer"
+        drawn = table(study, with_borrowed(study, read_cards(path)))
+        assert drawn == (path.parent / "table.md").read_text(), f"python -m studies {study.name} --publish again"
     if found:
         assert (HERE / "README.md").read_text() == page(STUDIES.values())
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from common.cli import guarded
 from common.errors import UserError
-from common.files import write_whole
+from common.files import rounded, write_whole
 from eval.report import duration
 
 from .config import ARMS, PRESETS, Config
@@ -214,7 +214,7 @@ def collect(args: Arguments) -> Study:
     grid = GRIDS[args.grid]
     if args.cards is None:
         cards = [(i, card) for i in items(args) if (card := card_of(i, args)) is not None]
-        found = {(i.variant, i.labels, i.seed): _short(card) for i, card in cards}  # as cards.jsonl has them
+        found = {(i.variant, i.labels, i.seed): rounded(card) for i, card in cards}  # as cards.jsonl has them
     else:
         if not args.cards.is_file():
             raise UserError(f"--cards {args.cards} is not a file")
@@ -235,18 +235,6 @@ def write_results(args: Arguments) -> None:
     summary(study).savefig(folder(args) / "summary.png", dpi=110)
     lines = [{"run": Item(*key).name, **card} for key, card in study.cards.items()]
     write_whole(folder(args) / "cards.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def _short(value):
-    """The same with floats of six significant digits: half the size, and more than any of them means."""
-    match value:
-        case dict():
-            return {k: _short(v) for k, v in value.items()}
-        case list():
-            return [_short(v) for v in value]
-        case float():
-            return float(f"{value:.6g}")
-    return value
 
 
 def main(argv: list[str] | None = None) -> None:
