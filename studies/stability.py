@@ -20,6 +20,7 @@ TRICKS: dict[str, dict[str, object]] = {
     "QK-norm": {"qk_norm": True},
     "frozen patch projection": {"frozen_patch_projection": True},
     "fixed positions": {"sincos_positions": True},
+    "stochastic depth 0.1": {"drop_path": 0.1},
     "layer decay 0.65": {"layer_decay": 0.65},
     "LayerNorm in the projector": {"norm": "group"},
     "warm-up, clip, LayerScale": {"warmup_epochs": 2.0, "clip": 1.0, "layer_scale": 0.1},

@@ -165,14 +165,22 @@ def card_of(study: Study, run: Run, seed: int, out: Path | None) -> dict | None:
     card = json.loads(path.read_text())
     if study.measure and study.measure not in card.get("measured", []) and "diverged" not in card:
         return None
-    wanted = json.loads(json.dumps(dataclasses.asdict(run.config(seed))))
-    wrong = [f"{name} {card['config'].get(name)}, not {value}" for name, value in wanted.items()
-             if name not in FREE_FIELDS and card["config"].get(name) != value]  # fmt: skip
-    if card["method"] != run.method:
-        wrong.insert(0, f"method {card['method']}, not {run.method}")
+    wrong = differing(run, seed, card)
     if wrong:
         raise UserError(f"{path} is of other settings ({'; '.join(wrong[:4])}): remove it, or give another --out")
     return card
+
+
+def differing(run: Run, seed: int, card: dict) -> list[str]:
+    """The card's settings that are not the run's. A field that is younger than the card had its default then."""
+    config = run.config(seed)
+    wanted, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (config, type(config)()))
+    had = {**defaults, **card["config"]}
+    wrong = [f"{name} {had[name]}, not {value}" for name, value in wanted.items()
+             if name not in FREE_FIELDS and had[name] != value]  # fmt: skip
+    if card["method"] != run.method:
+        wrong.insert(0, f"method {card['method']}, not {run.method}")
+    return wrong
 
 
 def collect(study: Study, out: Path | None) -> Cards:

@@ -60,6 +60,8 @@ def test_unknown_flag_and_choice_suggest_valid_ones(fails):
         (["--backbone", "resnet19"], "timm has no model 'resnet19'"),
         (["--micro-batch", "24"], "does not divide the 64 images"),
         (["--micro-batch", "32", "--activation-checkpointing"], "choose one of"),
+        (["--micro-batch", "32", "--drop-path", "0.1"], "take --activation-checkpointing"),
+        (["--drop-path", "0.1"], "--drop-path is an option of ViTs"),
         (["--precision", "fp16"], "needs a GPU"),
         (["--normalize", "mnist"], "choose none or one of shapes"),
         (["--norm", "group", "--backbone", "vit_tiny_patch16_224", "--stem", "timm"], "options of ResNets"),

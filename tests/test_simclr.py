@@ -1,5 +1,6 @@
 """SimCLR: the loss against slow versions and the reference, ranks against one rank, gradient caching, the projector."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -12,8 +13,10 @@ from common.backbones import BackboneSpec, create_backbone
 from common.distributed import rank, sync_batchnorm, world_size
 from common.errors import UserError
 from common.memory import cached_backward, checkpoint_blocks, couples_samples
+from common.vit import StochasticDepth
+from methods.simclr.config import PRESETS
 from methods.simclr.loss import nt_xent
-from methods.simclr.train import SimCLR
+from methods.simclr.train import SimCLR, build
 from tests.processes import run_ranks
 
 TINY = dict(stem="cifar", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8, zero_init_last=False)
@@ -149,6 +152,33 @@ def test_ranks_equal_one_rank(ranks, norm):
             for name, value in one.items():
                 worst = (many[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
                 assert worst < (1e-10 if dtype == torch.float64 else 1e-5), (name, dtype, worst)
+
+
+def stochastic_gradients(rate: float, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    """Gradients of one step of a ViT with stochastic depth on this rank's part of 16 images, after DDP."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(PRESETS["shapes-vit"][1], norm="group")
+    model = build(cfg, (0.5,) * 3, (0.5,) * 3)[0].double().train()
+    depth = StochasticDepth(model.backbone, rate, seed=0, views=2, batch_size=16)
+    if checkpointing:
+        checkpoint_blocks(model.backbone)
+    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    n = 16 // world_size()
+    depth.draw(7)
+    depth.select(first=0, count=2)
+    trained = DistributedDataParallel(model) if world_size() > 1 else model
+    views = views[:, rank() * n : (rank() + 1) * n]
+    nt_xent(*trained(torch.cat(list(views))).chunk(2), 0.2)[0].backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_stochastic_depth_on_ranks_equals_one_rank():
+    one = stochastic_gradients(0.5)
+    assert_same(stochastic_gradients(0.5, checkpointing=True), one, 1e-12)
+    for many in run_ranks(stochastic_gradients, 2, 0.5):
+        assert_same(many, one, 1e-10)
+    assert not torch.allclose(one["backbone.blocks.3.mlp.fc1.weight"],
+                              stochastic_gradients(0.0)["backbone.blocks.3.mlp.fc1.weight"])  # fmt: skip
 
 
 # ---- large batches in little memory ----------------------------------------------------------------------------------

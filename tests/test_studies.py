@@ -13,7 +13,19 @@ from common.errors import UserError
 from studies import STUDIES, label_free, projector
 from studies.__main__ import main
 from studies.page import page, table, with_borrowed, write_results
-from studies.study import Cards, Queue, Run, Study, card_of, collect, directory_name, items, read_cards, write_cards
+from studies.study import (
+    Cards,
+    Queue,
+    Run,
+    Study,
+    card_of,
+    collect,
+    differing,
+    directory_name,
+    items,
+    read_cards,
+    write_cards,
+)
 from tests.processes import Command, run_command
 
 TINY = {"epochs": 1, "limit": 128, "knn_every": 0}
@@ -84,6 +96,13 @@ def test_queue_runs_skips_refuses_and_writes(tmp_path):
     other = replace(study, runs=(Run("one", "simclr", {**TINY, "temperature": 0.3}, "smoke"), study.runs[1]))
     with pytest.raises(UserError, match="temperature 0.2, not 0.3.*remove it, or give another --out"):
         collect(other, tmp_path)
+    path = tmp_path / "one-seed0" / "result.json"
+    card = json.loads(path.read_text())
+    del card["config"]["drop_path"], card["config"]["temperature"]  # as if these fields were younger than the card
+    path.write_text(json.dumps(card))
+    assert len(collect(replace(study, runs=study.runs[1:]), tmp_path)) == 1
+    with pytest.raises(UserError, match=r"\(temperature 0.5, not 0.2\)"):  # the preset's is not the default
+        collect(study, tmp_path)
 
 
 def test_a_failing_run_stops_the_queue_and_says_why(tmp_path):
@@ -179,9 +198,7 @@ def test_committed_results_are_of_these_studies():
         study = STUDIES[path.parent.name]
         runs = {run.name: run for run in study.runs}
         for (name, seed), card in read_cards(path).cards.items():
-            wanted = json.loads(json.dumps(asdict(runs[name].config(seed))))
-            differing = [k for k in runs[name].fields if card["config"][k] != wanted[k]]
-            assert not differing and card["seed"] == seed, (path, name, differing)
+            assert differing(runs[name], seed, card) == [] and card["seed"] == seed, (path, name)
         assert study.answer, f"{study.name} has cards and no answer"
         drawn = table(study, with_borrowed(study, read_cards(path)))
         assert drawn == (path.parent / "table.md").read_text(), f"python -m studies {study.name} --publish again"

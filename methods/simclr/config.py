@@ -57,6 +57,8 @@ class Config(RunConfig):
     """Random, untrained patch projection (MoCo-v3, arXiv:2104.02057, section 4.2)."""
     sincos_positions: bool = False
     """Fixed 2-D sin-cos positions (MoCo-v3, MAE) instead of learnt ones."""
+    drop_path: float = 0.0
+    """Stochastic depth, growing linearly over the blocks (Huang et al. 2016, arXiv:1603.09382); each view its own."""
     layer_decay: float = 1.0
     """Learning rate times this per block from the top (BEiT, arXiv:2106.08254)."""
 

@@ -25,7 +25,14 @@ from common.memory import cached_backward, checkpoint_blocks, couples_samples
 from common.optim import LARS, decay_groups, set_lr
 from common.run import Run, Watch, make_accelerator
 from common.schedules import scaled_lr, warmup_cosine
-from common.vit import fix_sincos_positions, freeze_patch_projection, is_vit, layer_groups, vit_arguments
+from common.vit import (
+    StochasticDepth,
+    fix_sincos_positions,
+    freeze_patch_projection,
+    is_vit,
+    layer_groups,
+    vit_arguments,
+)
 from eval.finish import finish, online_knn
 
 from .augment import two_views
@@ -97,6 +104,8 @@ def main(preset: str, cfg: Config) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic)
     if cfg.micro_batch and cfg.activation_checkpointing:
         raise UserError("choose one of --micro-batch and --activation-checkpointing: the second makes the first idle")
+    if cfg.micro_batch and cfg.drop_path:
+        raise UserError("--drop-path has masks for whole batches: take --activation-checkpointing, not --micro-batch")
     if cfg.micro_batch and local_batch % cfg.micro_batch:
         raise UserError(f"--micro-batch {cfg.micro_batch} does not divide the {local_batch} images of each process")
 
@@ -124,6 +133,8 @@ def main(preset: str, cfg: Config) -> None:
     # ---- model -----------------------------------------------------------------------------------------------------
     torch.manual_seed(cfg.seed)
     model, spec = build(cfg, mean, std)
+    draws = dict(seed=cfg.seed, views=2, batch_size=cfg.batch_size)
+    stochastic_depth = StochasticDepth(model.backbone, cfg.drop_path, **draws)
     if cfg.activation_checkpointing:
         checkpoint_blocks(model.backbone)
     if cfg.compile:
@@ -208,6 +219,8 @@ def main(preset: str, cfg: Config) -> None:
                 model, batches, loss_of, backward=accelerator.backward, no_sync=accelerator.no_sync, seed=step
             )
         else:
+            stochastic_depth.draw(step, device)
+            stochastic_depth.select(first=0, count=2)
             views = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
             loss, parts = loss_of([model(views)])  # both views in one pass: BatchNorm over 2B rows
             accelerator.backward(loss)
