@@ -1,4 +1,5 @@
-"""Stability tricks for timm's VisionTransformer, each a switch of its own and off by default; and attention maps.
+"""Stability tricks for timm's VisionTransformer, each a switch of its own and off by default. Beside them attention
+maps, and tokens taken out of many.
 
     patch_size, LayerScale, QK-norm   arguments of timm: `vit_arguments`, for `BackboneSpec(arguments=...)`
     frozen random patch projection    `freeze_patch_projection` (MoCo-v3)
@@ -169,6 +170,13 @@ class StochasticDepth:
         """Use the masks of views `first` ... `first + count - 1` in the next forward pass."""
         for i, layer in enumerate(self.layers):
             layer.mask = self.masks[i, first : first + count].flatten()
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Some tokens of each sample: [N, L, D] and [N, k] -> [N, k, D]. Several times faster than `gather`."""
+    n, length, width = tokens.shape
+    flat = ids + torch.arange(n, device=ids.device)[:, None] * length
+    return tokens.reshape(n * length, width).index_select(0, flat.flatten()).view(n, -1, width)
 
 
 def layer_groups(groups: list[dict], vit: nn.Module, decay: float, *, prefix: str = "backbone.") -> list[dict]:

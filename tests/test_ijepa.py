@@ -20,12 +20,12 @@ from common.errors import UserError
 from common.log import read_metrics
 from common.optim import decay_groups
 from common.rng import generator
-from common.vit import sincos_positions
+from common.vit import sincos_positions, take
 from methods.ijepa.augment import one_view
 from methods.ijepa.config import PRESETS, Config
 from methods.ijepa.figure import mask_section, shown
 from methods.ijepa.loss import blocks_of, health, normalised, prediction_error
-from methods.ijepa.masking import COUNTED, BlockMasks, block_size, place_blocks, take
+from methods.ijepa.masking import COUNTED, BlockMasks, block_size, place_blocks
 from methods.ijepa.train import build, masks_of
 from tests.processes import run_command, run_ranks
 

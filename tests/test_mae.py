@@ -21,7 +21,7 @@ from common.log import read_metrics
 from common.optim import decay_groups
 from common.rng import generator
 from common.schedules import scaled_lr, warmup_cosine
-from common.vit import sincos_positions
+from common.vit import sincos_positions, take
 from methods.mae.augment import one_view
 from methods.mae.config import PRESETS, Config
 from methods.mae.loss import (
@@ -32,7 +32,7 @@ from methods.mae.loss import (
     unpatchify,
     visible_mean_error,
 )
-from methods.mae.masking import keep_count, mask_noise, split, take
+from methods.mae.masking import keep_count, mask_noise, split
 from methods.mae.official import load_official, official_state, read_weights
 from methods.mae.reconstruct import Gallery, reconstruct, snapshot_steps
 from methods.mae.train import build

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .masking import take
+from common.vit import take
 
 
 @torch.no_grad()

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.vit import fix_sincos_positions, sincos_positions
-
-from .masking import take
+from common.vit import fix_sincos_positions, sincos_positions, take
 
 
 class Encoder(nn.Module):

@@ -83,10 +83,3 @@ def split(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     shuffle = noise.argsort(dim=1, stable=True)
     restore = shuffle.argsort(1)
     return shuffle[:, :keep], restore, restore >= keep
-
-
-def take(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows of each sample: [N, L, D] and [N, k] -> [N, k, D]. A flat index_select, several times faster than gather."""
-    n, length, width = x.shape
-    flat = ids + torch.arange(n, device=ids.device)[:, None] * length
-    return x.reshape(n * length, width).index_select(0, flat.flatten()).view(n, -1, width)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.vit import fix_sincos_positions, sincos_positions
+from common.vit import fix_sincos_positions, sincos_positions, take
 
 from .loss import patchify
-from .masking import split, take
+from .masking import split
 
 
 class Decoder(nn.Module):
