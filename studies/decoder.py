@@ -122,7 +122,7 @@ STUDY = Study(
     answer="",
     full="Samples instead of averages need a conditional diffusion model (RCDM, arXiv:2112.09164), which showed that "
     "ImageNet features keep much of an image before the projector and little after it.",
-    protocols=("linear", "factors"),
+    protocols=("linear", "metrics", "factors", "rotation"),
     measure=MODULE,
     after=draw_sheet,
 )

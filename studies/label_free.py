@@ -1,6 +1,7 @@
 """Which measure without labels ranks networks as the linear probe does? No runs of its own: the cards of the others,
 and of the methods' own results on shapes."""
 
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from common.rng import generator
 from eval.figures import GREY, styled
 from eval.report import PALETTE
 
-from .study import Cards, Study
+from .study import Cards, Study, settings
 
 # name -> (its row of a card, what is said to be better, a number that is then higher)
 MEASURES: dict[str, tuple[tuple[str, str, str], str, Callable[[float], float]]] = {
@@ -21,7 +22,7 @@ MEASURES: dict[str, tuple[tuple[str, str, str], str, Callable[[float], float]]] 
     "uniformity": (("label-free", "features", "uniformity"), "lower", lambda v: -v),
     "alignment": (("label-free", "features", "alignment"), "lower", lambda v: -v),
 }
-BORROWED = ("projector", "augmentation", "scale", "methods")
+BORROWED = ("projector", "augmentation", "scale", "stability", "decoder", "methods")
 DRAWS = 2000
 
 
@@ -51,14 +52,20 @@ def bootstrapped(groups: Sequence[Sequence[tuple[float, float]]], statistic: Cal
 
 
 def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dict[str, list[tuple[float, float]]]:
-    """run -> (measure, linear accuracy) of each seed. Runs on other data than plain shapes are left out."""
+    """run -> (measure, linear accuracy) of each seed. Runs on other data than plain shapes are left out, and so is the
+    same run where a second study has it too. Over all studies, only cards that have every measure: all then rank the
+    same runs."""
+    needed = {("linear", "label", "top-1"), row} | {r for r, *_ in MEASURES.values() if not study}
     found: dict[str, list[tuple[float, float]]] = {}
+    seen: set[str] = set()
     for run in sorted({name for name, _ in cards.cards}):
         if study not in ("", run.split("/")[0]) or "/textured" in run:
             continue
         for card in cards.of(run):
             values = {(r["protocol"], r["target"], r["metric"]): r["value"] for r in card["evaluations"]}
-            if row in values and ("linear", "label", "top-1") in values:
+            same = json.dumps([card["method"], settings(card["method"], card["config"])], sort_keys=True)
+            if needed <= values.keys() and same not in seen:
+                seen.add(same)
                 found.setdefault(run, []).append((values[row], values["linear", "label", "top-1"]))
     return found
 

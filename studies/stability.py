@@ -93,6 +93,6 @@ STUDY = Study(
     "(19 %, random weights 15), so the ranks are what is to be read here.",
     full="MoCo-v3 (arXiv:2104.02057) saw dips of training accuracy in ViT-B at batches from 4096 on, whose origin was "
     "the patch projection: frozen, the dips went. A ViT of four blocks has no such depth.",
-    protocols=("knn", "linear", "metrics"),
+    protocols=("knn", "linear", "metrics", "rotation"),
     may_diverge=True,
 )

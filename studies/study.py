@@ -172,15 +172,18 @@ def card_of(study: Study, run: Run, seed: int, out: Path | None) -> dict | None:
 
 
 def differing(run: Run, seed: int, card: dict) -> list[str]:
-    """The card's settings that are not the run's. A field that is younger than the card had its default then."""
-    config = run.config(seed)
-    wanted, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (config, type(config)()))
-    had = {**defaults, **card["config"]}
-    wrong = [f"{name} {had[name]}, not {value}" for name, value in wanted.items()
-             if name not in FREE_FIELDS and had[name] != value]  # fmt: skip
+    """The card's settings that are not the run's."""
     if card["method"] != run.method:
-        wrong.insert(0, f"method {card['method']}, not {run.method}")
-    return wrong
+        return [f"method {card['method']}, not {run.method}"]
+    wanted, had = (settings(run.method, config) for config in (dataclasses.asdict(run.config(seed)), card["config"]))
+    return [f"{name} {had[name]}, not {value}" for name, value in wanted.items() if had[name] != value]
+
+
+def settings(method: str, config: Mapping[str, object]) -> dict[str, object]:
+    """What decides a run's numbers, as JSON has it: the config, where a field younger than a card has its default."""
+    default = importlib.import_module(f"methods.{method}.config").Config()
+    known = json.loads(json.dumps({**dataclasses.asdict(default), **config}))
+    return {name: value for name, value in known.items() if name not in FREE_FIELDS}
 
 
 def collect(study: Study, out: Path | None) -> Cards:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from common.errors import UserError
-from studies import STUDIES, label_free, projector
+from studies import STUDIES, decoder, label_free, projector
 from studies.__main__ import main
 from studies.page import page, table, with_borrowed, write_results
 from studies.study import (
@@ -149,9 +149,10 @@ def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
     study = STUDIES[name]
     generator = torch.Generator().manual_seed(0)
 
-    def card(run: str) -> dict:
+    def card(run: Run, seed: int) -> dict:
         value = float(torch.rand((), generator=generator)) * 50
-        about = {"method": run.split("-")[0], "preset": "quickstart", "config": {}, "warnings": []}
+        config = asdict(run.config(seed))
+        about = {"method": run.method, "preset": run.preset, "config": config, "warnings": []}
         kinds = [("linear", "label", "top-1"), ("knn-20-0.07", "label", "top-1"), ("rotation", "rotation", "top-1")]
         kinds += [("decoder", "pixels", "R2")]
         kinds += [("label-free", "features", m) for m in ("RankMe", "alpha-ReQ", "feature std")]
@@ -159,11 +160,10 @@ def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
                 for p, t, m in kinds]  # fmt: skip
         return {**about, "evaluations": rows}
 
-    names = [run.name for run in study.runs][::2]
-    cards = {(run, seed): card(run) for run in names for seed in (0, 1)}
+    cards = {(run.name, seed): card(run, seed) for run in study.runs[::2] for seed in (0, 1)}
     for other in study.borrows:
-        others = STUDIES[other].runs if other != "methods" else [Run(f"m{i}-quickstart", "m") for i in range(6)]
-        cards |= {(f"{other}/{run.name}", seed): card(run.name) for run in others for seed in (0, 1)}
+        others = STUDIES[other].runs if other != "methods" else [Run(m, m) for m in decoder.METHODS]
+        cards |= {(f"{other}/{run.name}", seed): card(run, seed) for run in others for seed in (0, 1)}
     cards = Cards(cards)
     study.draw(cards).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -235,6 +235,21 @@ def test_interval_of_the_correlation_draws_settings_not_seeds():
     assert thrice == pytest.approx(once, abs=1e-9)
     low, high = once
     assert low < label_free.spearman(*zip(*pairs, strict=True)) < high and high - low > 0.1
+
+
+def test_a_run_of_two_studies_counts_once():
+    row = ("rotation", "rotation", "top-1")
+    kinds = [("linear", "label", "top-1"), *(r for r, *_ in label_free.MEASURES.values())]
+    rows = [{"protocol": p, "target": t, "metric": m, "value": 30.0} for p, t, m in kinds]
+    runs = {"scale/a": Run("a", "simclr"), "decoder/b": Run("b", "simclr"), "scale/c": Run("c", "simclr", {"hue": 0.0})}
+    cards = {(name, seed): {"method": "simclr", "config": asdict(run.config(seed)), "evaluations": rows}
+             for name, run in runs.items() for seed in (0, 1)}  # fmt: skip
+    found = label_free.pairs_of(Cards(cards), row)
+    assert {name: len(pairs) for name, pairs in found.items()} == {"decoder/b": 2, "scale/c": 2}
+    assert set(label_free.pairs_of(Cards(cards), row, study="scale")) == {"scale/a", "scale/c"}
+    cards["scale/c", 0]["evaluations"] = rows[:2]  # the linear probe and rotation only
+    assert len(label_free.pairs_of(Cards(cards), row)["scale/c"]) == 1
+    assert len(label_free.pairs_of(Cards(cards), row, study="scale")["scale/c"]) == 2
 
 
 # ---- the projector's layers ------------------------------------------------------------------------------------------
