@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from common.cli import guarded
 from common.data import open_data
 from common.files import write_whole
-from eval.decoder import Constants, decode, mean_of, sheet, squared_error, train_decoder
+from eval.decoder import Constants, PixelPCA, decode, mean_of, sheet, squared_error, train_decoder
 from eval.features import extract_features
-from eval.figures import styled
+from eval.figures import GREY, styled
 from eval.load import load, random_init
 from eval.protocols import RANDOM, merge_rows
 from eval.report import PALETTE
@@ -29,12 +29,16 @@ MODULE = "studies.decoder"
 METHODS = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "amdim", "cpc", "dim", "mae", "ijepa", "autoencoder")
 SHOWN = 10
 FILE = "decoded.safetensors"
+PCA = "PCA of pixels"  # to as many numbers as the network has features
 CONSTANTS = Constants(train_images=5_000)
 FACTORS = ("hue", "background_hue", "size", "x", "y", "rotation")
 
 
 def measure(directory: Path) -> None:
-    """Train a decoder on the run's frozen features; R2 on test images. Seed 0: one on those of random weights too."""
+    """Train a decoder on the run's frozen features; R2 on test images.
+
+    Seed 0 has the references too: a decoder on features of random weights, and PCA of the pixels to as many numbers.
+    """
     path = directory / "result.json"
     card = json.loads(path.read_text())
     backbone, spec = load(directory)
@@ -54,10 +58,14 @@ def measure(directory: Path) -> None:
         return 1 - error / base, decode(decoder, test_x[:SHOWN]), x.shape[1]
 
     r2, pictures, width = decoded(backbone)
-    random = {RANDOM: decoded(random_init(spec, 0))[0]} if card["seed"] == 0 else {}
+    beside = {}
+    if card["seed"] == 0:
+        pca = PixelPCA(images)
+        error = squared_error(test_images, test_images, lambda part: pca.reconstruct(part, width))
+        beside = {RANDOM: decoded(random_init(spec, 0))[0], PCA: 1 - error / base}
     text = "R2 of test images that a small decoder draws from the frozen features; 0: the mean image."
     row = {"protocol": "decoder", "target": "pixels", "metric": "R2", "value": r2, "text": text}
-    row |= {"settings": {"dimensions": width, "epochs": CONSTANTS.epochs}, "baselines": random}
+    row |= {"settings": {"dimensions": width, "epochs": CONSTANTS.epochs}, "baselines": beside}
     card["evaluations"] = merge_rows(card["evaluations"], [row])
     card["measured"] = [MODULE]
     save_file({"decoded": pictures.contiguous(), "originals": test_images[:SHOWN].contiguous()}, directory / FILE)
@@ -77,6 +85,11 @@ def draw_sheet(place: Path, cards: Cards) -> None:
         figure.savefig(place / "sheet.png", dpi=110)
 
 
+def references(cards: Cards, run: str, name: str) -> list[float]:
+    rows = [row for card in cards.of(run) for row in card["evaluations"] if row["protocol"] == "decoder"]
+    return [row["baselines"][name] for row in rows if name in row.get("baselines", {})]
+
+
 @styled
 def draw(cards: Cards) -> Figure:
     """Pixels against the figure: what a decoder gives back, and what a linear probe reads."""
@@ -86,9 +99,9 @@ def draw(cards: Cards) -> Figure:
     names = [run.name for run in RUNS]
     points(left, places, [cards.values(n, "decoder", "pixels") for n in names], color=PALETTE[0], label="trained",
            line=False)  # fmt: skip
-    random = [[r["baselines"][RANDOM] for c in cards.of(n) for r in c["evaluations"]
-               if r["protocol"] == "decoder" and r.get("baselines")] for n in names]  # fmt: skip
-    points(left, [p + 0.25 for p in places], random, color="#b8860b", label="random weights, one seed", line=False)
+    for shift, reference, color in ((0.2, RANDOM, "#b8860b"), (0.35, PCA, GREY)):
+        found = [references(cards, n, reference) for n in names]
+        points(left, [p + shift for p in places], found, color=color, label=f"{reference}, one seed", line=False)
     left.axhline(0, color="#1e2429", linewidth=0.8)
     left.set_xticks(places, names, rotation=35, ha="right")
     left.set_title("decoded test images: R2 of pixels")
@@ -103,9 +116,11 @@ def draw(cards: Cards) -> Figure:
 
 
 def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
-    head = ("method", "R2 of pixels", "linear, %", *(f"R2 {f.replace('_', ' ')}" for f in FACTORS))
+    head = ("method", "R2 of pixels", RANDOM, PCA, "linear, %", *(f"R2 {f.replace('_', ' ')}" for f in FACTORS))
     return head, [
-        (run.name, cards.text(run.name, "decoder", "pixels", "R2", ".2f"), cards.text(run.name, "linear"),
+        (run.name, cards.text(run.name, "decoder", "pixels", "R2", ".2f"),
+         *(", ".join(f"{v:.2f}" for v in references(cards, run.name, name)) or "–" for name in (RANDOM, PCA)),
+         cards.text(run.name, "linear"),
          *(cards.text(run.name, "factor-linear", f, "R2", ".2f") for f in FACTORS))
         for run in RUNS
     ]  # fmt: skip
