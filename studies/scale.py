@@ -77,7 +77,12 @@ STUDY = Study(
     runs=RUNS,
     draw=draw,
     rows=rows,
-    answer="",
+    answer="In ten epochs steps are what is scarce: with the square-root rule the batch of 32, sixteen times the steps "
+    "of 512, is best (50, 42, 26 %), with the linear rule the middle one (32, 42, 31 %), and at either end the rule "
+    "that gives the higher rate is ahead; a temperature of 0.1 is best (53 %), 0.5 and more leave half (24 %). "
+    "Gradient caching of 512 ends at 43 % and the plain batch at 31: the loss is one and the same, but BatchNorm sees "
+    "64 images at a time (with GroupNorm both agree to 1e-10, `tests/test_simclr.py`). Bars of 3 to 15 points overlap "
+    "in most of these; Barlow Twins (23 to 25 %) and BYOL (14 to 18 %) have hardly begun at any batch.",
     full="At full size steps are not scarce: after 1000 epochs SimCLR's batches of 256 to 8192 come close to one "
     "another, and large ones help short training (SimCLR, figure 9; with the square-root rule less, Table B.1).",
 )
