@@ -244,7 +244,7 @@ _PROBE = "average-pooled patches of the last layer, or of the last four side by 
 # What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "imagenette-vits": [
-        _published(33.2, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs, predictor of depth 12"),
+        _published(33.2, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs"),
         _published(34.0, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
     ],
     "imagenet-vitb": [_published(72.9, "linear-augmented", _PAPER, f"600 epochs; {_PROBE}; unverified")],

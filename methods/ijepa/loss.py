@@ -3,6 +3,8 @@
 n images of L patches, each with M target blocks of T patches; D: the encoder's width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,12 +41,22 @@ def prediction_error(predictions: Tensor, goals: Tensor, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def health(predictions: Tensor, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def moments(predictions: Tensor, goals: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `health` needs of a micro-batch: the mean squared error, and the sums over its images of `goals`, the
+    `normalised` tokens [m, L, D], and of their squares, [L, D] each."""
+    error = (predictions.to(goals.dtype) - blocks_of(goals, targets)).square().mean()
+    return error, goals.sum(0), goals.square().sum(0)
+
+
+@torch.no_grad()
+def health(parts: Sequence[tuple[Tensor, Tensor, Tensor]], targets: Tensor) -> dict[str, Tensor]:
     """relative_error: squared error of the predictions over that of the best answer which ignores the image, the mean
     of the batch at the same place. target_std: spread of the targets over images at one place, 1 at most, 0: collapse.
 
-    tokens: `normalised`, of the whole images [n, L, D].
+    parts: `moments` of each micro-batch, all equally large; targets [n, M, T] of the whole batch, as the spread is.
     """
-    spread = tokens.var(0, correction=0).mean(-1)  # [L], over images
-    error = (predictions.to(tokens.dtype) - blocks_of(tokens, targets)).square().mean()
-    return {"relative_error": error / spread[targets].mean().clamp_min(1e-12), "target_std": spread.mean().sqrt()}
+    error, total, squares = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
+    n = len(targets)
+    spread = (squares / n - (total / n).square()).clamp_min(0).mean(-1)  # [L], over images
+    relative = error / len(parts) / spread[targets].mean().clamp_min(1e-12)
+    return {"relative_error": relative, "target_std": spread.mean().sqrt()}

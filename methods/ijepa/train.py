@@ -32,7 +32,7 @@ from eval.finish import finish, online_knn
 from .augment import one_view
 from .config import PRESETS, PUBLISHED, Config
 from .figure import mask_section
-from .loss import blocks_of, health, normalised, prediction_error
+from .loss import blocks_of, health, moments, normalised, prediction_error
 from .masking import BlockMasks
 from .model import IJEPA
 
@@ -107,6 +107,8 @@ def main(preset: str, cfg: Config) -> None:
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), lr=0.0, betas=cfg.betas)
     total_steps = cfg.epochs * loader.steps_per_epoch
     warmup_steps = int(cfg.warmup_epochs * loader.steps_per_epoch)
+    if cfg.schedule_scale < 1:
+        raise UserError(f"--schedule-scale {cfg.schedule_scale}: schedules that end before the run would turn around")
     horizon = int(cfg.schedule_scale * total_steps)  # where the schedules end
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
@@ -147,13 +149,14 @@ def main(preset: str, cfg: Config) -> None:
     run.resume(model=plain, target=target, optimizer=optimizer, scaler=accelerator.scaler)
 
     # ---- training --------------------------------------------------------------------------------------------------
-    def loss_of(images: Tensor, context: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(images: Tensor, context: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The loss of a micro-batch, its `moments`, and the target encoder's mean tokens [m, D]."""
         with torch.no_grad(), accelerator.autocast():
             tokens = target(images)  # [m, L, D] of the whole image: blocks are cut from the output, not the input
         goals = normalised(tokens)
         predictions = model(images, context, targets)  # [m, M, T, D]
         loss = prediction_error(predictions, blocks_of(goals, targets), cfg.loss)
-        return loss, {**health(predictions, goals, targets), "feature_std": feature_std(tokens.mean(1))}
+        return loss, moments(predictions, goals, targets), tokens.mean(1)
 
     model.train()
     for step in run.steps():
@@ -170,17 +173,18 @@ def main(preset: str, cfg: Config) -> None:
         context, targets = (ids[part].to(device, non_blocking=True) for ids in drawn)  # [n, C], [n, M, T]
 
         optimizer.zero_grad(set_to_none=True)
-        logged: list[dict[str, Tensor]] = []
+        losses, parts, pooled = [], [], []  # of the micro-batches
         for chunk in zip(*(x.split(micro_batch) for x in (images, context, targets)), strict=True):
-            last = len(logged) == local_batch // micro_batch - 1
+            last = len(losses) == local_batch // micro_batch - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                loss, parts = loss_of(*chunk)
+                loss, part_moments, part_pooled = loss_of(*chunk)
                 accelerator.backward(loss * (micro_batch / local_batch))
-            logged.append({"loss": loss.detach(), **parts})
+            losses.append(loss.detach()), parts.append(part_moments), pooled.append(part_pooled)
         optimizer.step()
         ema_update(target, plain.encoder, momentum)  # after the step, from the new weights
-        means = {name: torch.stack([entry[name] for entry in logged]).mean() for name in logged[0]}
-        run.log(**means, context_patches=context.shape[1], lr=lr, weight_decay=decay, ema_momentum=momentum)
+        signals = {**health(parts, targets), "feature_std": feature_std(torch.cat(pooled))}
+        run.log(loss=torch.stack(losses).mean(), **signals, context_patches=context.shape[1], lr=lr, weight_decay=decay,
+                ema_momentum=momentum)  # fmt: skip
         if run.epoch_ends(step, cfg.knn_every):
             with run.untimed():
                 online_knn(run, step, target.backbone, spec, train, test)
