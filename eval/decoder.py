@@ -70,7 +70,7 @@ class Constants:
     warmup: float = 0.05
     """Share of the steps."""
     validation: int = 10
-    """Every tenth training image is left out and chooses the epoch whose weights are kept; 0: the last epoch's."""
+    """One in so many training images, at random, is left out and chooses the epoch that is kept; 0: the last one."""
     train_images: int = 10_000
     """Evenly spaced over the training set."""
     test_images: int = 2_000
@@ -279,7 +279,7 @@ class Arguments:
     image_column: str | None = None
     """Column of the images, where it cannot be found from the features."""
     limit: int | None = None
-    """Use only N images of each split. Without it 10,000 training and 2,000 test images, evenly spaced."""
+    """Use only N images of each split. At most 10,000 training and 2,000 test images are used, evenly spaced."""
     epochs: int | None = None
     """Of each decoder. Default: 16, or more where these are fewer than 500 steps."""
     images: int = 8

@@ -9,8 +9,9 @@ and architectures.
 Where it misleads:
 - If turns were among the augmentations, a good network has become invariant to them and scores near chance.
 - It ranks by what an upright photograph gives away: sky above, feet below. Images without an upright (satellites,
-  tissue) leave little to predict. So it is with `shapes`: its figures are turned at random and its plain backgrounds
-  look alike from all sides. Scores there stay near chance, and still rank runs (studies/, label-free).
+  tissue) leave little to predict. `shapes` are upright to 30 degrees either way: triangle, heart, half-disc and arrow
+  tell their turn, disc, ring, square and cross never, and plain backgrounds look alike from all sides. So a turn is
+  read from the shape, which is what the labels are too (studies/, label-free).
 - Raw pixels show how much of the answer is lighting and layout: read the number beside that baseline.
 """
 

@@ -20,8 +20,8 @@ from common.cli import guarded
 from common.errors import UserError
 
 from . import STUDIES
-from .page import RESULTS, publish, write_results
-from .study import Queue, Study, card_of, collect, directory_name, folder, items, read_cards
+from .page import committed, publish, write_results
+from .study import Queue, Study, card_of, collect, commands, folder, items, read_cards, write_cards
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Arguments:
     from_cards: bool = False
     """Run nothing: draw figure and table from the cards in studies/results."""
     publish: bool = False
-    """Run nothing: copy the cards, figure and table to studies/results and write studies/README.md."""
+    """Run nothing: put the new cards among those in studies/results, draw figure and table there, write the page."""
 
 
 def show_list(console: Console) -> None:
@@ -51,9 +51,12 @@ def show_list(console: Console) -> None:
     for name in ("study", "question", "runs", "done here", "cards committed"):
         table.add_column(name, overflow="fold")
     for study in STUDIES.values():
-        committed = RESULTS / study.name / "cards.jsonl"
-        lines = str(len(read_cards(committed))) if committed.exists() else "none"
-        table.add_row(study.name, study.question, str(len(items(study))), str(len(collect(study, None))), lines)
+        lines = str(len(read_cards(committed(study.name)))) if committed(study.name).exists() else "none"
+        try:
+            done = str(len(collect(study, None)))
+        except UserError:
+            done = "other settings"
+        table.add_row(study.name, study.question, str(len(items(study))), done, lines)
     console.print(table)
     console.print("run one: python -m studies NAME")
 
@@ -61,8 +64,8 @@ def show_list(console: Console) -> None:
 def show_plan(study: Study, args: Arguments, console: Console) -> None:
     for run, seed in items(study, args.seeds):
         state = "done " if card_of(study, run, seed, args.out) else "to do"
-        place = ("--out", str(folder(study, args.out)), "--name", directory_name(run, seed))
-        console.print(f"{state}  python -m {shlex.join((*run.flags(seed), *place))}", markup=False)
+        for words in commands(study, run, seed, args.out):
+            console.print(f"{state}  python -m {shlex.join(words)}", markup=False)
 
 
 def run(args: Arguments) -> None:
@@ -78,13 +81,15 @@ def run(args: Arguments) -> None:
         return
     place = folder(study, args.out)
     if args.from_cards:
-        write_results(study, place, read_cards(RESULTS / study.name / "cards.jsonl"))
+        write_results(study, place, read_cards(committed(study.name)))
     elif args.publish:
         console.print(f"written to {publish(study, args.out)}", markup=False)
         return
     else:
         Queue(study, args.out, console, args.jobs).run(seeds=args.seeds, limit=args.limit)
-        write_results(study, place, collect(study, args.out), runs_are_here=True)
+        cards = collect(study, args.out)
+        write_results(study, place, cards, local=True)
+        write_cards(place / "cards.jsonl", cards)
     console.print(f"figure {place / 'figure.png'}\ntable  {place / 'table.md'}", markup=False)
 
 

@@ -23,7 +23,7 @@ from eval.protocols import RANDOM, merge_rows
 from eval.report import PALETTE
 
 from .figures import legend, points
-from .study import SMALL, Cards, Run, Study, directory_name
+from .study import SMALL, Cards, Run, Study, directory_name, finished_card
 
 MODULE = "studies.decoder"
 METHODS = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "amdim", "cpc", "dim", "mae", "ijepa", "autoencoder")
@@ -39,8 +39,7 @@ def measure(directory: Path) -> None:
 
     Seed 0 has the references too: a decoder on features of random weights, and PCA of the pixels to as many numbers.
     """
-    path = directory / "result.json"
-    card = json.loads(path.read_text())
+    card = finished_card(directory)
     backbone, spec = load(directory)
     size = spec.image_size
     train = open_data(card["config"]["data"], "train", limit=CONSTANTS.train_images, image_size=size)
@@ -69,7 +68,7 @@ def measure(directory: Path) -> None:
     card["evaluations"] = merge_rows(card["evaluations"], [row])
     card["measured"] = [MODULE]
     save_file({"decoded": pictures.contiguous(), "originals": test_images[:SHOWN].contiguous()}, directory / FILE)
-    write_whole(path, json.dumps(card, indent=1) + "\n")
+    write_whole(directory / "result.json", json.dumps(card, indent=1) + "\n")
 
 
 def draw_sheet(place: Path, cards: Cards) -> None:
@@ -92,7 +91,7 @@ def references(cards: Cards, run: str, name: str) -> list[float]:
 
 @styled
 def draw(cards: Cards) -> Figure:
-    """Pixels against the figure: what a decoder gives back, and what a linear probe reads."""
+    """Pixels against the shape: what a decoder gives back, and what a linear probe reads."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     places = range(len(RUNS))
@@ -111,12 +110,13 @@ def draw(cards: Cards) -> Figure:
         if x and y:
             right.plot(fmean(x), fmean(y), "o", color=PALETTE[0])
             right.annotate(name, (fmean(x), fmean(y)), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
-    right.set(title="figure known against pixels known", xlabel="R2 of pixels", ylabel="linear probe on the figure, %")
+    right.set(title="shape known against pixels known", xlabel="R2 of pixels", ylabel="linear probe on the shape, %")
     return figure
 
 
 def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
-    head = ("method", "R2 of pixels", RANDOM, PCA, "linear, %", *(f"R2 {f.replace('_', ' ')}" for f in FACTORS))
+    factors = (f"R2 {f.replace('_', ' ')}" for f in FACTORS)
+    head = ("method", "R2 of pixels", RANDOM, f"{PCA}, as many numbers", "linear, %", *factors)
     return head, [
         (run.name, cards.text(run.name, "decoder", "pixels", "R2", ".2f"),
          *(", ".join(f"{v:.2f}" for v in references(cards, run.name, name)) or "–" for name in (RANDOM, PCA)),
@@ -130,7 +130,7 @@ RUNS = tuple(Run(method, method, SMALL, baselines=method == METHODS[0]) for meth
 STUDY = Study(
     name="decoder",
     title="Looking into a representation",
-    question="What of an image can be drawn from each method's features, and what has been forgotten?",
+    question="What of an image can be drawn from each method's features after ten epochs, and what has been forgotten?",
     runs=RUNS,
     draw=draw,
     rows=rows,

@@ -23,6 +23,7 @@ MEASURES: dict[str, tuple[tuple[str, str, str], str, Callable[[float], float]]] 
     "alignment": (("label-free", "features", "alignment"), "lower", lambda v: -v),
 }
 BORROWED = ("projector", "augmentation", "scale", "stability", "decoder", "methods")
+LINEAR = ("linear", "label", "top-1")
 DRAWS = 2000
 
 
@@ -55,7 +56,7 @@ def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dic
     """run -> (measure, linear accuracy) of each seed. Runs on other data than plain shapes are left out, and so is the
     same run where a second study has it too. Over all studies, only cards that have every measure: all then rank the
     same runs."""
-    needed = {("linear", "label", "top-1"), row} | {r for r, *_ in MEASURES.values() if not study}
+    needed = {LINEAR, row} | {r for r, *_ in MEASURES.values() if not study}
     found: dict[str, list[tuple[float, float]]] = {}
     seen: set[str] = set()
     for run in sorted({name for name, _ in cards.cards}):
@@ -66,7 +67,7 @@ def pairs_of(cards: Cards, row: tuple[str, str, str], *, study: str = "") -> dic
             same = json.dumps([card["method"], settings(card["method"], card["config"])], sort_keys=True)
             if needed <= values.keys() and same not in seen:
                 seen.add(same)
-                found.setdefault(run, []).append((values[row], values["linear", "label", "top-1"]))
+                found.setdefault(run, []).append((values[row], values[LINEAR]))
     return found
 
 
@@ -88,23 +89,26 @@ def draw(cards: Cards) -> Figure:
     for ax, (name, (row, *_)) in zip(axes, MEASURES.items(), strict=True):
         for study, color in zip(BORROWED, PALETTE, strict=False):
             pairs = [pair for group in pairs_of(cards, row, study=study).values() for pair in group]
+            if not pairs:
+                continue
             ax.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=color, label=study, alpha=0.7)
         found = correlation(cards, name)
         told = "" if found is None else "\n{:.2f} [{:.2f}, {:.2f}]".format(*found)
         ax.set_title(f"{name}{told}", fontsize=9)
     axes[0].set_ylabel("linear probe, %", color=GREY)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)
     told = "above each: Spearman's correlation with the linear probe, 95 % interval, over the runs that have all five"
     figure.supxlabel(told, fontsize=8, color=GREY)
     return figure
 
 
 def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
-    head = ("measure, better is", "runs with all five", *BORROWED)
+    present = [study for study in BORROWED if any(run.startswith(f"{study}/") for run, _ in cards.cards)]
+    head = ("Spearman with the linear probe, better is", "runs with all five", *present)
     found = []
     for name, (_, better, _) in MEASURES.items():
         cells = []
-        for study in ("", *BORROWED):
+        for study in ("", *present):
             value = correlation(cards, name, study)
             cells.append("too few runs" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value))
         found.append((f"{name.removesuffix(', %')}, {better}", *cells))

@@ -32,6 +32,9 @@ from eval.report import duration
 
 PROTOCOLS = ("knn", "linear", "metrics", "factors", "rotation")
 """What every run is scored by, unless its study says otherwise."""
+ROWS = {"knn": "knn-", "metrics": "label-free", "factors": "factor-"}
+"""How the names of a protocol's rows begin, where it is not the protocol's name."""
+METHODS = Path(__file__).parents[1] / "methods"
 MOST_JOBS = 8  # at a time, unless asked for: each holds the data and a network
 SMALL: dict[str, object] = {"limit": 5000, "batch_size": 128, "epochs": 10, "knn_every": 0}
 """The small size: 5,000 shapes, 390 steps, about a minute a run on one core. A run's own fields override these."""
@@ -49,8 +52,12 @@ class Run:
     """Score raw pixels and random weights beside this run: one run a study is enough, they are the same for all."""
 
     def config(self, seed: int):
-        """The method's config with the fields applied. Raises UserError for a field that it has not."""
+        """The method's config with the fields applied. Raises UserError for a method, preset or field that is not."""
+        if not (METHODS / self.method / "config.py").exists():
+            raise UserError(f"run {self.name}: there is no methods/{self.method}")
         presets = importlib.import_module(f"methods.{self.method}.config").PRESETS
+        if self.preset not in presets:
+            raise UserError(f"run {self.name}: {self.method} has no preset {self.preset}")
         default = presets[self.preset][1]
         unknown = [name for name in self.fields if not hasattr(default, name)]
         if unknown:
@@ -65,7 +72,7 @@ class Run:
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words += [f"--{flag}", *map(_word, value if isinstance(value, tuple) else (value,))]
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
         return words
 
 
@@ -80,7 +87,7 @@ class Study:
     draw: Callable[["Cards"], Figure]
     rows: Callable[["Cards"], tuple[tuple[str, ...], list[tuple]]]
     answer: str
-    """Two sentences, written after the runs."""
+    """A few sentences, written after the runs: what the numbers say, and what they cannot say."""
     full: str
     """What would change at full size."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -138,11 +145,15 @@ class Cards:
         return f"{fmean(values):{form}}{spread}"
 
 
-def _word(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 # ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+def finished_card(directory: Path) -> dict:
+    """The card of a run directory. Raises UserError where there is none."""
+    path = directory / "result.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the run is not finished")
+    return json.loads(path.read_text())
 
 
 def folder(study: Study, out: Path | None) -> Path:
@@ -157,18 +168,33 @@ def directory_name(run: Run, seed: int) -> str:
     return f"{run.name}-seed{seed}"
 
 
+def commands(study: Study, run: Run, seed: int, out: Path | None) -> list[list[str]]:
+    """What follows `python -m` for one run: training with its evaluation, then what the study measures."""
+    place, name = folder(study, out), directory_name(run, seed)
+    train = [*run.flags(seed), "--out", str(place), "--name", name, "--eval-protocols", *study.protocols]
+    if not run.baselines:
+        train.append("--no-eval-baselines")
+    return [train, [study.measure, str(place / name)]] if study.measure else [train]
+
+
 def card_of(study: Study, run: Run, seed: int, out: Path | None) -> dict | None:
-    """The finished run's card, or None. Raises UserError for a card of other settings under the same name."""
+    """The finished run's card, or None: there is none, or it lacks what the study scores by. Raises UserError for a
+    card of other settings under the same name."""
     path = folder(study, out) / directory_name(run, seed) / "result.json"
     if not path.exists():
         return None
     card = json.loads(path.read_text())
-    if study.measure and study.measure not in card.get("measured", []) and "diverged" not in card:
-        return None
     wrong = differing(run, seed, card)
     if wrong:
         raise UserError(f"{path} is of other settings ({'; '.join(wrong[:4])}): remove it, or give another --out")
-    return card
+    return card if "diverged" in card or scored(study, card) else None
+
+
+def scored(study: Study, card: dict) -> bool:
+    """Whether the card has rows of all the study's protocols, and what the study measures besides."""
+    names = [row["protocol"] for row in card["evaluations"]]
+    found = (any(name.startswith(ROWS.get(protocol, protocol)) for name in names) for protocol in study.protocols)
+    return all(found) and (not study.measure or study.measure in card.get("measured", []))
 
 
 def differing(run: Run, seed: int, card: dict) -> list[str]:
@@ -225,7 +251,7 @@ class Queue:
         share = {"OMP_NUM_THREADS": str(cores // self.jobs), "OMP_WAIT_POLICY": "PASSIVE"}
         self.environment = {**os.environ, **share}
         self.lock, self.running, self.stopped = threading.Lock(), set(), False
-        self.error: UserError | None = None
+        self.error: Exception | None = None
         self.done, self.total = 0, 0
 
     def run(self, *, seeds: int = 0, limit: int = 0) -> None:
@@ -261,7 +287,7 @@ class Queue:
         began, name = time.perf_counter(), directory_name(*item)
         try:
             self._execute(*item)
-        except UserError as error:
+        except Exception as error:  # no run is begun after it, and it is raised when the others have ended
             self.error = self.error or error
             return
         if self.stopped:
@@ -277,21 +303,16 @@ class Queue:
         """Train, evaluate and measure one run, its output in NAME.log."""
         place, name = folder(self.study, self.out), directory_name(run, seed)
         place.mkdir(parents=True, exist_ok=True)
-        command = [*run.flags(seed), "--out", str(place), "--name", name]
-        baselines = [] if run.baselines else ["--no-eval-baselines"]
-        commands = [[*command, "--eval-protocols", *self.study.protocols, *baselines]]
-        if self.study.measure:
-            commands.append([self.study.measure, str(place / name)])
-        for words in commands:
+        for words in commands(self.study, run, seed, self.out):
             code = self._call(words, place / f"{name}.log")
             if self.stopped:
                 return
             if code:
-                last = (place / f"{name}.log").read_text().splitlines()[-1:]
-                if self.study.may_diverge and code == 2 and "the loss is " in last[0]:
-                    self._write_diverged(run, seed, last[0].removeprefix("error: ").split(";")[0])
+                last = ((place / f"{name}.log").read_text().splitlines() or ["no output"])[-1]
+                if self.study.may_diverge and code == 2 and "the loss is " in last:
+                    self._write_diverged(run, seed, last.removeprefix("error: ").split(";")[0])
                     return
-                raise UserError(f"{name} stopped with status {code}: {' '.join(last)} (all: {place / f'{name}.log'})")
+                raise UserError(f"{name} stopped with status {code}: {last} (all: {place / f'{name}.log'})")
         if card_of(self.study, run, seed, self.out) is None:
             raise UserError(f"{name} ended without a result card: see {place / f'{name}.log'}")
 
@@ -300,6 +321,8 @@ class Queue:
             process = subprocess.Popen([sys.executable, "-m", *words], stdout=file, stderr=subprocess.STDOUT,
                                        env=self.environment, start_new_session=True)  # fmt: skip
             self.running.add(process)
+            if self.stopped:  # the signal came while the process was made
+                process.send_signal(signal.SIGTERM)
             try:
                 return process.wait()
             finally:

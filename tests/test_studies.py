@@ -12,7 +12,7 @@ from rich.console import Console
 from common.errors import UserError
 from studies import STUDIES, decoder, label_free, projector
 from studies.__main__ import main
-from studies.page import page, table, with_borrowed, write_results
+from studies.page import page, publish, table, with_borrowed, write_results
 from studies.study import (
     Cards,
     Queue,
@@ -64,6 +64,10 @@ def test_runs_are_valid_commands(name):
 def test_unknown_fields_are_named():
     with pytest.raises(UserError, match="simclr has no field tau"):
         Run("x", "simclr", {"tau": 1}).config(0)
+    with pytest.raises(UserError, match="run x: there is no methods/simclir"):
+        Run("x", "simclir").config(0)
+    with pytest.raises(UserError, match="run x: simclr has no preset fast"):
+        Run("x", "simclr", preset="fast").config(0)
 
 
 def test_items_go_seed_by_seed():
@@ -92,6 +96,15 @@ def test_queue_runs_skips_refuses_and_writes(tmp_path):
         assert again.values(name, "knn-20-0.07") == pytest.approx(cards.values(name, "knn-20-0.07"), rel=1e-5)
     assert again.baselines("knn-20-0.07") == pytest.approx(cards.baselines("knn-20-0.07"), rel=1e-5)
     assert str(tmp_path) not in (tmp_path / "cards.jsonl").read_text()
+
+    more = replace(study, protocols=("knn", "metrics", "linear"))
+    assert len(collect(more, tmp_path)) == 0  # scored by less than the study asks for
+    Queue(more, tmp_path, quiet(), jobs=2).run()
+    rescored = collect(more, tmp_path)
+    assert len(rescored.values("one", "linear")) == len(rescored.values("two", "linear")) == 1
+    for name in ("one", "two"):  # nothing is trained again
+        assert rescored.values(name, "knn-20-0.07") == cards.values(name, "knn-20-0.07")
+        assert (tmp_path / f"{name}-seed0.log").read_text().count("step 2/2") == 1
 
     other = replace(study, runs=(Run("one", "simclr", {**TINY, "temperature": 0.3}, "smoke"), study.runs[1]))
     with pytest.raises(UserError, match="temperature 0.2, not 0.3.*remove it, or give another --out"):
@@ -169,6 +182,32 @@ def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     text = table(study, cards)
     assert text.count("\n") >= 3 and "| nan" not in text
+
+
+def test_publish_adds_to_what_is_committed(tmp_path, monkeypatch):
+    """New cards go among the committed ones; those of other settings go; with no run here all is drawn again."""
+    monkeypatch.setattr("studies.page.HERE", tmp_path)
+    monkeypatch.setattr("studies.page.RESULTS", tmp_path / "results")
+    study = replace(tiny_study(seeds=(0, 1)), rows=lambda c: (("seeds",), [(len(c.of("one")),)]))
+    row = {"protocol": "linear", "target": "label", "metric": "top-1", "value": 7.0, "baselines": {"raw pixels": 3.0}}
+
+    def card(run: Run, seed: int) -> dict:
+        return {"method": "simclr", "config": asdict(run.config(seed)), "evaluations": [row]}
+
+    place = tmp_path / "results" / "tiny"
+    place.mkdir(parents=True)
+    old = Run("two", "simclr", {**TINY, "hue": 0.3}, "smoke")
+    write_cards(place / "cards.jsonl", Cards({("one", 1): card(study.runs[0], 1), ("two", 0): card(old, 0)}))
+    here = tmp_path / "runs" / "one-seed0"
+    here.mkdir(parents=True)
+    (here / "result.json").write_text(json.dumps(card(study.runs[0], 0)))
+    study = replace(study, protocols=("linear",))
+    for out in (tmp_path / "runs", tmp_path / "none"):
+        publish(study, out)
+        assert set(read_cards(place / "cards.jsonl").cards) == {("one", 0), ("one", 1)}
+        drawn = (place / "table.md").read_text()
+        assert "| 2 |" in drawn and "raw pixels: linear 3.0" in drawn
+        assert (place / "figure.png").exists() and (tmp_path / "README.md").exists()
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):
