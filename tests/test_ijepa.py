@@ -470,12 +470,15 @@ def test_target_follows_and_schedules_end_where_the_config_says(tmp_path):
 
 
 def test_a_cut_schedule_and_micro_batches_and_the_papers_loss(tmp_path):
-    flags, losses = ("--out", tmp_path, "--log-every", 1), {}
+    flags, losses, signals = ("--out", tmp_path, "--log-every", 1), {}, {}
     for name, extra in {"whole": (), "parts": ("--micro-batch", 16)}.items():
         code, text = run_command(TRAIN, *SMOKE, *flags, "--max-steps", 3, "--name", name, *extra, log=tmp_path / "log")
         assert code == 0, text
         losses[name] = [line["loss"] for line in metrics_of(tmp_path / name)]
+        signals[name] = [line[key] for line in metrics_of(tmp_path / name)
+                         for key in ("relative_error", "target_std", "feature_std")]  # fmt: skip
     assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-4) and len(set(losses["whole"])) == 3
+    assert signals["parts"] == pytest.approx(signals["whole"], rel=1e-3)  # of all images, not of 16
     extra = ("--name", "cut", "--schedule-scale", 1.25, "--loss", "l2", "--rescale-init", "--knn-every", 6)
     code, text = run_command(TRAIN, *SMOKE, *flags, *extra, log=tmp_path / "log")
     assert code == 0 and "step 24: accuracy" in text, text

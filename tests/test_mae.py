@@ -522,12 +522,14 @@ def test_a_run_that_does_not_learn_is_reported(tmp_path):
 def test_micro_batches_and_start_weights_and_every_mask(tmp_path):
     """--micro-batch follows the whole batch's path; --init starts where a file says; all masks run."""
     flags = ("--out", tmp_path, "--max-steps", 3, "--log-every", 1)
-    losses = {}
+    losses, spreads = {}, {}
     for name, extra in {"whole": (), "parts": ("--micro-batch", 16)}.items():
         code, text = run_command(TRAIN, *SMOKE, *flags, "--name", name, *extra, log=tmp_path / "log")
         assert code == 0, text
-        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        lines = list(read_metrics(tmp_path / name / "metrics.jsonl"))
+        losses[name], spreads[name] = ([line[key] for line in lines] for key in ("loss", "feature_std"))
     assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-4) and len(set(losses["whole"])) == 3
+    assert spreads["parts"] == pytest.approx(spreads["whole"], rel=1e-3)  # of all images, not of 16
     weights = tmp_path / "whole" / "backbone.safetensors"
     code, text = run_command(TRAIN, *SMOKE, *flags, "--name", "more", "--init", weights, "--masking", "block",
                              log=tmp_path / "log")  # fmt: skip

@@ -148,12 +148,13 @@ def main(preset: str, cfg: Config) -> None:
     shots = snapshot_steps(total_steps)
 
     # ---- training --------------------------------------------------------------------------------------------------
-    def loss_of(images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss of a micro-batch, what is logged of it, and the encoder's mean tokens [m, D]."""
         predictions, mask, tokens = model(images, noise, keep)  # [m, L, P], [m, L], [m, 1 + keep, D]
         targets = make_targets(images, plain.patch, cfg.norm_pix)
         loss, reference = masked_error(predictions, targets, mask), visible_mean_error(targets, mask)
-        spread = feature_std(tokens.detach().mean(1))
-        return loss, {"visible_mean": reference, "relative_error": loss.detach() / reference, "feature_std": spread}
+        told = {"loss": loss.detach(), "visible_mean": reference, "relative_error": loss.detach() / reference}
+        return loss, told, tokens.detach().mean(1)
 
     model.train()
     for step in run.steps():
@@ -168,16 +169,16 @@ def main(preset: str, cfg: Config) -> None:
         noise = noise.to(device, non_blocking=True)
 
         optimizer.zero_grad(set_to_none=True)
-        logged: list[dict[str, Tensor]] = []
+        logged, pooled = [], []  # of the micro-batches
         for chunk, chunk_noise in zip(images.split(micro_batch), noise.split(micro_batch), strict=True):
             last = len(logged) == local_batch // micro_batch - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                loss, parts = loss_of(chunk, chunk_noise)
+                loss, told, features = loss_of(chunk, chunk_noise)
                 accelerator.backward(loss * (micro_batch / local_batch))
-            logged.append({"loss": loss.detach(), **parts})
+            logged.append(told), pooled.append(features)
         optimizer.step()
         means = {name: torch.stack([entry[name] for entry in logged]).mean() for name in logged[0]}
-        run.log(**means, lr=lr)
+        run.log(**means, feature_std=feature_std(torch.cat(pooled)), lr=lr)
         if run.epoch_ends(step, cfg.knn_every):
             with run.untimed():
                 online_knn(run, step, plain.backbone, spec, train, test)
