@@ -105,11 +105,15 @@ def draw(cards: Cards) -> Figure:
     left.set_xticks(places, names, rotation=35, ha="right")
     left.set_title("decoded test images: R2 of pixels")
     legend(left, fontsize=8)
-    for name in names:
-        x, y = cards.values(name, "decoder", "pixels"), cards.values(name, "linear")
-        if x and y:
-            right.plot(fmean(x), fmean(y), "o", color=PALETTE[0])
-            right.annotate(name, (fmean(x), fmean(y)), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+    both = [(n, cards.values(n, "decoder", "pixels"), cards.values(n, "linear")) for n in names]
+    spots = sorted((fmean(y), fmean(x), n) for n, x, y in both if x and y)
+    free = -1.0  # no label below this height
+    for y, x, name in spots:
+        right.plot(x, y, "o", color=PALETTE[0])
+        free = max(y, free + 3.4)
+        right.annotate(name, (x, y), (x - 0.05, free), fontsize=7.5, ha="right", va="center",
+                       arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6})  # fmt: skip
+    right.set_xlim(left=0)
     right.set(title="shape known against pixels known", xlabel="R2 of pixels", ylabel="linear probe on the shape, %")
     return figure
 
