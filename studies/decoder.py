@@ -1,10 +1,5 @@
-"""What each method's features keep of an image: a small decoder draws it back.
+"""What each method's features keep of an image: a small decoder draws it back."""
 
-    python -m studies.decoder RUN_DIRECTORY      R2 of the decoded test images into the run's card, and some of them
-"""
-
-import json
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -12,20 +7,17 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.cli import guarded
 from common.data import open_data
-from common.files import write_whole
 from eval.decoder import Constants, PixelPCA, decode, mean_of, sheet, squared_error, train_decoder
 from eval.features import extract_features
 from eval.figures import GREY, styled
 from eval.load import load, random_init
-from eval.protocols import RANDOM, merge_rows
+from eval.protocols import RANDOM
 from eval.report import PALETTE
 
 from .figures import legend, points
-from .study import SMALL, Cards, Run, Study, directory_name, finished_card
+from .study import SMALL, Cards, Run, Study, directory_name
 
-MODULE = "studies.decoder"
 METHODS = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "amdim", "cpc", "dim", "mae", "ijepa", "autoencoder")
 SHOWN = 10
 FILE = "decoded.safetensors"
@@ -34,12 +26,11 @@ CONSTANTS = Constants(train_images=5_000)
 FACTORS = ("hue", "background_hue", "size", "x", "y", "rotation")
 
 
-def measure(directory: Path) -> None:
-    """Train a decoder on the run's frozen features; R2 on test images.
+def measure(directory: Path, card: dict) -> list[dict]:
+    """Train a decoder on the run's frozen features: R2 on test images, some of which stay in the directory.
 
     Seed 0 has the references too: a decoder on features of random weights, and PCA of the pixels to as many numbers.
     """
-    card = finished_card(directory)
     backbone, spec = load(directory)
     size = spec.image_size
     train = open_data(card["config"]["data"], "train", limit=CONSTANTS.train_images, image_size=size)
@@ -65,10 +56,8 @@ def measure(directory: Path) -> None:
     text = "R2 of test images that a small decoder draws from the frozen features; 0: the mean image."
     row = {"protocol": "decoder", "target": "pixels", "metric": "R2", "value": r2, "text": text}
     row |= {"settings": {"dimensions": width, "epochs": CONSTANTS.epochs}, "baselines": beside}
-    card["evaluations"] = merge_rows(card["evaluations"], [row])
-    card["measured"] = [MODULE]
     save_file({"decoded": pictures.contiguous(), "originals": test_images[:SHOWN].contiguous()}, directory / FILE)
-    write_whole(directory / "result.json", json.dumps(card, indent=1) + "\n")
+    return [row]
 
 
 def draw_sheet(place: Path, cards: Cards) -> None:
@@ -148,12 +137,6 @@ STUDY = Study(
     full="Samples instead of averages need a conditional diffusion model (RCDM, arXiv:2112.09164), which showed that "
     "ImageNet features keep much of an image before the projector and little after it.",
     protocols=("linear", "metrics", "factors", "rotation"),
-    measure=MODULE,
+    measure=measure,
     after=draw_sheet,
 )
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m studies.decoder RUN_DIRECTORY")
-    guarded(lambda: measure(Path(sys.argv[1])))

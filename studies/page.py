@@ -41,8 +41,8 @@ Copy the file whose question is nearest, name its `STUDY` in `studies/__init__.p
   one run with `baselines=True` brings raw pixels and random weights;
 - `draw(cards)`, the figure, and `rows(cards)`, the table: `cards.values(run, protocol, target, metric)` has the value
   of every seed, `cards.text(...)` mean and deviation. Both must do with missing cards, since a queue may stop early;
-- if needed `protocols` (what a run is scored by), `measure` (a module that is run on each finished run and adds rows to
-  its card), `after` (a picture that needs the runs themselves), `borrows` (cards of other studies), `may_diverge`;
+- if needed `protocols` (what a run is scored by), `measure` (more rows for a card, from its run), `after` (a picture
+  that needs the runs themselves), `borrows` (cards of other studies), `may_diverge`;
 - `answer`, written last, from the table, and `full`: what would change at full size.
 
 `python -m studies NAME --publish` puts cards, figure and table under `studies/results/NAME` and writes this page; do it

@@ -1,12 +1,8 @@
 """The projector of SimCLR, Barlow Twins and BYOL: depth, width, none at all; and where to cut it off.
 
-    python -m studies.projector RUN_DIRECTORY      what a linear probe reads after each of the run's layers
-
 "Guillotine": features may be taken after any layer of the projector (Bordes et al. 2022, arXiv:2206.13378).
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,22 +11,18 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.cli import guarded
 from common.data import open_data
 from common.errors import UserError
-from common.files import write_whole
 from eval.features import extract_features
 from eval.figures import styled
 from eval.linear import linear_probe
 from eval.load import load
 from eval.metrics import rankme
-from eval.protocols import merge_rows
 from eval.report import PALETTE
 
 from .figures import baseline_lines, legend, points
-from .study import SMALL, Cards, Run, Study, finished_card
+from .study import SMALL, Cards, Run, Study
 
-MODULE = "studies.projector"
 DEPTHS = ("none", "linear", "2", "3")
 METHODS = ("simclr", "barlow", "byol")
 WIDTHS = {"simclr": (16, 128, 512), "barlow": (16, 128, 512)}
@@ -94,9 +86,8 @@ def through(layers: nn.Sequential, features: Tensor) -> Tensor:
     return torch.cat([layers(part) for part in features.split(4096)])
 
 
-def measure(directory: Path) -> None:
-    """Append a linear probe and RankMe after every layer of the projector to the run's card."""
-    card = finished_card(directory)
+def measure(directory: Path, card: dict) -> list[dict]:
+    """A linear probe and RankMe after every layer of the run's projector."""
     config = card["config"]
     backbone, spec = load(directory)
     about = dict(image_size=spec.image_size, mean=spec.mean, std=spec.std)
@@ -113,9 +104,7 @@ def measure(directory: Path) -> None:
         rows.append({**row, "protocol": "guillotine", "metric": "top-1", "value": probe.accuracy, "text": text})
         text = f"RankMe of the projector's layer {layer!r} on test images."
         rows.append({**row, "protocol": "guillotine", "metric": "RankMe", "value": rankme(test_z), "text": text})
-    card["evaluations"] = merge_rows(card["evaluations"], rows)
-    card["measured"] = [MODULE]
-    write_whole(directory / "result.json", json.dumps(card, indent=1) + "\n")
+    return rows
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
@@ -177,11 +166,5 @@ STUDY = Study(
     full="On ImageNet SimCLR gains more than 10 points from a projector (SimCLR, figure 8), DirectCLR without one "
     "beats the linear one (arXiv:2110.09348), and Barlow Twins wants it as wide as 8192 (its figure 4), which a "
     "network of 64 features cannot show.",
-    measure=MODULE,
+    measure=measure,
 )
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m studies.projector RUN_DIRECTORY")
-    guarded(lambda: measure(Path(sys.argv[1])))

@@ -92,8 +92,8 @@ class Study:
     """What would change at full size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     protocols: tuple[str, ...] = PROTOCOLS
-    measure: str = ""
-    """A module for `python -m MODULE DIRECTORY` after each run, which adds rows to the run's card."""
+    measure: Callable[[Path, dict], list[dict]] | None = None
+    """Called with the directory and the card of each finished run (`studies/measure.py`): more rows for the card."""
     borrows: tuple[str, ...] = ()
     """Other studies whose cards this one reads too, under the name STUDY/RUN; "methods": the methods' own cards."""
     after: Callable[[Path, "Cards"], None] | None = None
@@ -142,7 +142,7 @@ class Cards:
         if not values:
             return "not run" if not self.of(run) else "–"
         spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{fmean(values):{form}}{spread}"
+        return f"{fmean(values):z{form}}{spread}"  # z: no negative zero
 
 
 # ---- cards -----------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def commands(study: Study, run: Run, seed: int, out: Path | None) -> list[list[s
     train = [*run.flags(seed), "--out", str(place), "--name", name, "--eval-protocols", *study.protocols]
     if not run.baselines:
         train.append("--no-eval-baselines")
-    return [train, [study.measure, str(place / name)]] if study.measure else [train]
+    return [train, ["studies.measure", study.name, str(place / name)]] if study.measure else [train]
 
 
 def card_of(study: Study, run: Run, seed: int, out: Path | None) -> dict | None:
@@ -194,7 +194,12 @@ def scored(study: Study, card: dict) -> bool:
     """Whether the card has rows of all the study's protocols, and what the study measures besides."""
     names = [row["protocol"] for row in card["evaluations"]]
     found = (any(name.startswith(ROWS.get(protocol, protocol)) for name in names) for protocol in study.protocols)
-    return all(found) and (not study.measure or study.measure in card.get("measured", []))
+    return all(found) and (study.measure is None or measured_by(study) in card.get("measured", []))
+
+
+def measured_by(study: Study) -> str:
+    """The mark in a card that the study's own measure has been there."""
+    return f"studies.{study.name}"
 
 
 def differing(run: Run, seed: int, card: dict) -> list[str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from common.errors import UserError
 from studies import STUDIES, decoder, label_free, projector
 from studies.__main__ import main
+from studies.measure import measure
 from studies.page import page, publish, table, with_borrowed, write_results
 from studies.study import (
     Cards,
@@ -20,6 +21,7 @@ from studies.study import (
     Study,
     card_of,
     collect,
+    commands,
     differing,
     directory_name,
     items,
@@ -330,10 +332,17 @@ def test_guillotine_reads_the_trained_projector(method, tmp_path):
     torch.testing.assert_close(rebuilt(x), own.eval()(x))
     names = [name for name, _ in projector.layers_of(rebuilt)]
     assert names == ["hidden 1", "output"]
-    projector.measure(tmp_path / "run")
+    measure(STUDIES["projector"], tmp_path / "run")
     card = json.loads((tmp_path / "run" / "result.json").read_text())
     rows = [(r["target"], r["metric"]) for r in card["evaluations"] if r["protocol"] == "guillotine"]
-    assert rows == [(n, m) for n in names for m in ("top-1", "RankMe")] and card["measured"] == [projector.MODULE]
+    assert rows == [(n, m) for n in names for m in ("top-1", "RankMe")] and card["measured"] == ["studies.projector"]
+
+
+def test_measure_is_the_queues_second_command(tmp_path):
+    first, second = commands(STUDIES["projector"], projector.RUNS[0], 1, tmp_path)
+    assert first[0] == "methods.simclr.train" and "--no-eval-baselines" in first
+    code, text = run_command(*second, log=tmp_path / "log")
+    assert code == 2 and f"{tmp_path / 'simclr-none-seed1' / 'result.json'} does not exist: the run is not" in text
 
 
 def test_directory_names_hold_run_and_seed():

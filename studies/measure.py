@@ -1,0 +1,36 @@
+"""What a study measures of a finished run besides its evaluation; the rows go into the run's card.
+
+    python -m studies.measure projector runs/study-projector/simclr-2-seed0
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from common.cli import guarded
+from common.errors import UserError
+from common.files import write_whole
+from eval.protocols import merge_rows
+
+from . import STUDIES
+from .study import Study, finished_card, measured_by
+
+
+def measure(study: Study, directory: Path) -> None:
+    """Raises UserError where the study measures nothing, or the run is not finished."""
+    if study.measure is None:
+        raise UserError(f"{study.name} measures nothing besides the evaluation")
+    card = finished_card(directory)
+    card["evaluations"] = merge_rows(card["evaluations"], study.measure(directory, card))
+    card["measured"] = [measured_by(study)]
+    write_whole(directory / "result.json", json.dumps(card, indent=1) + "\n")
+
+
+def main() -> None:
+    if len(sys.argv) != 3 or sys.argv[1] not in STUDIES:
+        raise UserError("python -m studies.measure NAME RUN_DIRECTORY, where NAME is a study")
+    measure(STUDIES[sys.argv[1]], Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    guarded(main)
