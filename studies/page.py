@@ -22,9 +22,9 @@ runs of the methods in `methods/`, three seeds, one figure. A study trains nothi
     python -m studies augmentation --from-cards          # the figure again, from the committed cards
 
 Runs are small on purpose (5,000 `shapes`, ten epochs, a ResNet of 4 MMAC, about a minute each on a core), so that a
-study takes two cores half an hour or little more. Numbers are means over seeds with their standard deviation (in
-curves the bar; faint dots are the seeds): with three of them a difference of one deviation is no finding. What is known
-of full size stands under each study.
+study takes two cores half an hour (`decoder`, with twelve methods, three quarters). Numbers are means over seeds with
+their standard deviation (in curves the bar; faint dots are the seeds): with three of them a difference of one deviation
+is no finding. What is known of full size stands under each study.
 
 Words: *linear* and *kNN (20, .07)* are the probes of `python -m eval` on frozen features: which of ten shapes an image
 shows, chance 10 %. *R2* of a factor (hue, place, size ...): how much of it a linear probe reads, 1 all, 0 nothing.
