@@ -14,8 +14,8 @@ METHODS = "methods"  # in `Study.borrows`: the cards in methods/*/results
 HEAD = """# Studies
 
 Questions that decide whether self-supervised learning works in practice, each answered by one small study: a table of
-runs of the methods in `methods/`, three seeds, one figure. A study trains nothing by itself: every run is commands that
-`python -m studies NAME --plan` prints.
+runs of the methods in `methods/`, three seeds, one figure. A study trains nothing by itself: every run is one command,
+or two, that `python -m studies NAME --plan` prints.
 
     python -m studies                    # the studies, and how far each is
     make study NAME=augmentation         # run what is not done, draw the figure; stop it and go on at will

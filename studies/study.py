@@ -34,7 +34,7 @@ PROTOCOLS = ("knn", "linear", "metrics", "factors", "rotation")
 """What every run is scored by, unless its study says otherwise."""
 ROWS = {"knn": "knn-", "metrics": "label-free", "factors": "factor-"}
 """How the names of a protocol's rows begin, where it is not the protocol's name."""
-METHODS = Path(__file__).parents[1] / "methods"
+METHODS_FOLDER = Path(__file__).parents[1] / "methods"
 MOST_JOBS = 8  # at a time, unless asked for: each holds the data and a network
 SMALL: dict[str, object] = {"limit": 5000, "batch_size": 128, "epochs": 10, "knn_every": 0}
 """The small size: 5,000 shapes, 390 steps, about a minute a run on one core. A run's own fields override these."""
@@ -53,7 +53,7 @@ class Run:
 
     def config(self, seed: int):
         """The method's config with the fields applied. Raises UserError for a method, preset or field that is not."""
-        if not (METHODS / self.method / "config.py").exists():
+        if not (METHODS_FOLDER / self.method / "config.py").exists():
             raise UserError(f"run {self.name}: there is no methods/{self.method}")
         presets = importlib.import_module(f"methods.{self.method}.config").PRESETS
         if self.preset not in presets:
