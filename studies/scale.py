@@ -84,6 +84,6 @@ STUDY = Study(
     "and 26 %) and gradient caching (43 %) overlap; caching has the very same loss, but BatchNorm sees 64 images at a "
     "time (with GroupNorm both agree to 1e-10, `tests/test_simclr.py`). Barlow Twins (23 to 25 %) and BYOL (14 to 18 "
     "%) have hardly begun at any batch.",
-    full="At full size steps are not scarce: after 1000 epochs SimCLR's batches of 256 to 8192 come close to one "
+    full="steps are not scarce there: after 1000 epochs SimCLR's batches of 256 to 8192 come close to one "
     "another, and large ones help short training (SimCLR, figure 9; with the square-root rule less, Table B.1).",
 )
