@@ -11,6 +11,7 @@ from common.data import open_data
 from eval.decoder import Constants, PixelPCA, decode, mean_of, sheet, squared_error, train_decoder
 from eval.features import extract_features
 from eval.figures import GREY, styled
+from eval.linear import linear_probe
 from eval.load import load, random_init
 from eval.protocols import RANDOM
 from eval.report import PALETTE
@@ -29,7 +30,8 @@ FACTORS = ("hue", "background_hue", "size", "x", "y", "rotation")
 def measure(directory: Path, card: dict) -> list[dict]:
     """Train a decoder on the run's frozen features: R2 on test images, some of which stay in the directory.
 
-    Seed 0 has the references too: a decoder on features of random weights, and PCA of the pixels to as many numbers.
+    Seed 0 has the references too: decoder and linear probe on features of random weights, and PCA of the pixels to as
+    many numbers.
     """
     backbone, spec = load(directory)
     size = spec.image_size
@@ -39,25 +41,29 @@ def measure(directory: Path, card: dict) -> list[dict]:
     mean = mean_of(images)
     base = squared_error(test_images, test_images, lambda _: mean)
 
-    def decoded(network: nn.Module) -> tuple[float, Tensor, int]:
-        """R2, the first test images from the decoder, and the number of features."""
+    def decoded(network: nn.Module) -> tuple[Tensor, Tensor, nn.Module, float]:
+        """Features of the training and test images, the decoder, and its R2."""
         about = dict(image_size=size, mean=spec.mean, std=spec.std)
         x, test_x = (extract_features(network, store, **about) for store in (train, test))
         decoder = train_decoder(x, images, constants=CONSTANTS, seed=card["seed"])
-        error = squared_error(test_x, test_images, lambda part: decode(decoder, part))
-        return 1 - error / base, decode(decoder, test_x[:SHOWN]), x.shape[1]
+        return x, test_x, decoder, 1 - squared_error(test_x, test_images, lambda part: decode(decoder, part)) / base
 
-    r2, pictures, width = decoded(backbone)
-    beside = {}
-    if card["seed"] == 0:
-        pca = PixelPCA(images)
-        error = squared_error(test_images, test_images, lambda part: pca.reconstruct(part, width))
-        beside = {RANDOM: decoded(random_init(spec, 0))[0], PCA: 1 - error / base}
+    x, test_x, decoder, r2 = decoded(backbone)
+    pictures = {"decoded": decode(decoder, test_x[:SHOWN]).contiguous(), "originals": test_images[:SHOWN].contiguous()}
+    save_file(pictures, directory / FILE)
     text = "R2 of test images that a small decoder draws from the frozen features; 0: the mean image."
     row = {"protocol": "decoder", "target": "pixels", "metric": "R2", "value": r2, "text": text}
-    row |= {"settings": {"dimensions": width, "epochs": CONSTANTS.epochs}, "baselines": beside}
-    save_file({"decoded": pictures.contiguous(), "originals": test_images[:SHOWN].contiguous()}, directory / FILE)
-    return [row]
+    rows = [row | {"settings": {"dimensions": x.shape[1], "epochs": CONSTANTS.epochs}, "baselines": {}}]
+    if card["seed"] == 0:
+        pca = PixelPCA(images)
+        error = squared_error(test_images, test_images, lambda part: pca.reconstruct(part, x.shape[1]))
+        random_x, random_test_x, _, random_r2 = decoded(random_init(spec, 0))
+        rows[0]["baselines"] = {RANDOM: random_r2, PCA: 1 - error / base}
+        about = dict(num_classes=len(train.class_names), seed=0)
+        probe = linear_probe(random_x, train.labels, random_test_x, test.labels, **about)
+        row = {"protocol": "untrained", "target": "label", "metric": "top-1", "value": probe.accuracy}
+        rows.append(row | {"text": "As linear, on the same network with random weights.", "settings": {}, "baselines": {}})
+    return rows
 
 
 def draw_sheet(place: Path, cards: Cards) -> None:
@@ -109,11 +115,12 @@ def draw(cards: Cards) -> Figure:
 
 def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
     factors = (f"R2 {f.replace('_', ' ')}" for f in FACTORS)
-    head = ("method", "R2 of pixels", RANDOM, f"{PCA}, as many numbers", "linear, %", *factors)
+    head = ("method", "R2 of pixels", f"R2 of pixels, {RANDOM}", f"R2, {PCA} to as many numbers", "linear, %",
+            f"linear, {RANDOM}, %", *factors)  # fmt: skip
     return head, [
         (run.name, cards.text(run.name, "decoder", "pixels", "R2", ".2f"),
          *(", ".join(f"{v:.2f}" for v in references(cards, run.name, name)) or "–" for name in (RANDOM, PCA)),
-         cards.text(run.name, "linear"),
+         cards.text(run.name, "linear"), cards.text(run.name, "untrained"),
          *(cards.text(run.name, "factor-linear", f, "R2", ".2f") for f in FACTORS))
         for run in RUNS
     ]  # fmt: skip
