@@ -126,8 +126,8 @@ STUDY = Study(
     "linear probe does (0.84 [0.74, 0.90]), although no run gets more than 32 % of the turns right (chance 25). These "
     "data favour it: where a shape shows which way is up, to know the shape is to know the turn; and among the "
     "collapsed ViTs it says nothing (-0.05). The other four change their sign from study to study (RankMe from -0.78 "
-    "over augmentations to 0.36 over projectors), and alignment mostly points the wrong way (-0.60): features that "
-    "hardly move under a crop belong to the runs that learnt least.",
+    "over augmentations to 0.46 over the methods' own runs), and alignment mostly points the wrong way (-0.60): "
+    "features that hardly move under a crop belong to the runs that learnt least.",
     full="RankMe (arXiv:2210.02885) was shown on ImageNet networks with 2048 features, over the hyperparameters of "
     "one method at a time, alpha-ReQ (Agrawal et al. 2022) over methods and architectures; 64 features leave a "
     "spectrum little room. Photographs have an upright that does not come from their label.",

@@ -28,7 +28,7 @@ def measure(study: Study, directory: Path) -> None:
 
 def main() -> None:
     if len(sys.argv) != 3 or sys.argv[1] not in STUDIES:
-        raise UserError("python -m studies.measure NAME RUN_DIRECTORY, where NAME is a study")
+        raise UserError(f"usage: python -m studies.measure NAME RUN_DIRECTORY; studies are {', '.join(STUDIES)}")
     measure(STUDIES[sys.argv[1]], Path(sys.argv[2]))
 
 

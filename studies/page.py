@@ -28,7 +28,7 @@ is no finding. What is known of full size stands under each study.
 
 Words: *linear* and *kNN (20, .07)* are the probes of `python -m eval` on frozen features: which of ten shapes an image
 shows, chance 10 %. *R2* of a factor (hue, place, size ...): how much of it a linear probe reads, 1 all, 0 nothing.
-*RankMe*: how many directions the features use, of 64. *Random weights*: the same network untrained.
+*RankMe*: how many directions the features use, of 64. *Random init*, or random weights: the same network untrained.
 
 Out of scope: beam search, video, GANs, restricted Boltzmann machines.
 """
@@ -40,7 +40,7 @@ Copy the file whose question is nearest, name its `STUDY` in `studies/__init__.p
 - `runs`: `Run(name, method, fields, preset)`, where `fields` are the method's own (`{**SMALL, "temperature": 0.5}`);
   one run with `baselines=True` brings raw pixels and random weights;
 - `draw(cards)`, the figure, and `rows(cards)`, the table: `cards.values(run, protocol, target, metric)` has the value
-  of every seed, `cards.text(...)` mean and deviation. Both must do with missing cards, since a queue may stop early;
+  of every seed, `cards.text(...)` mean and deviation. Both must cope with missing cards, since a queue may stop early;
 - if needed `protocols` (what a run is scored by), `measure` (more rows for a card, from its run), `after` (a picture
   that needs the runs themselves), `borrows` (cards of other studies), `may_diverge`;
 - `answer`, written last, from the table, and `full`: what would change at full size.
@@ -67,6 +67,8 @@ def write_results(study: Study, place: Path, cards: Cards, *, local: bool = Fals
 def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
     """The cards, with the committed ones of other studies under STUDY/RUN (`local`: those in runs/ over them), and of
     the methods' own results on shapes under methods/METHOD-PRESET."""
+    from . import STUDIES
+
     found = dict(cards.cards)
     for name in study.borrows:
         if name == METHODS:
@@ -75,9 +77,9 @@ def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
                 if card["data"]["name"] == "shapes":
                     found[f"{METHODS}/{card['method']}-{card['preset']}", card["seed"]] = card
             continue
-        for path in (committed(name), Path("runs") / f"study-{name}" / "cards.jsonl")[: 1 + local]:
-            if path.exists():
-                found |= {(f"{name}/{run}", seed): card for (run, seed), card in read_cards(path).cards.items()}
+        own = collect(STUDIES[name], None).cards if local else {}
+        before = read_cards(committed(name)).cards if committed(name).exists() else {}
+        found |= {(f"{name}/{run}", seed): card for (run, seed), card in (before | own).items()}
     return Cards(found)
 
 
@@ -97,7 +99,7 @@ def baseline_line(study: Study, cards: Cards) -> str:
         for name, value in own.baselines(protocol).items():
             found.setdefault(name, []).append(f"{label} {value:.1f}")
     told = "; ".join(f"{name}: {', '.join(values)}" for name, values in found.items())
-    return f"\nBaselines, %: {told}.\n" if told else ""
+    return f"\nBaselines of the run {first}, %: {told}.\n" if told else ""
 
 
 def committed(name: str) -> Path:
@@ -107,19 +109,25 @@ def committed(name: str) -> Path:
 def publish(study: Study, out: Path | None) -> Path:
     """Copy what a study left to `studies/results/NAME` and write the page anew. Committed cards of runs that are not
     here stay, unless the study now has other settings: so with no run at all this draws and writes what is committed.
+    Studies that borrow these cards are drawn again.
     """
+    from . import STUDIES
+
     place = RESULTS / study.name
     place.mkdir(parents=True, exist_ok=True)
     before = read_cards(committed(study.name)).cards if committed(study.name).exists() else {}
     runs = {run.name: run for run in study.runs}
     kept = {(name, seed): card for (name, seed), card in before.items()
-            if name in runs and not differing(runs[name], seed, card)}  # fmt: skip
+            if name in runs and seed in study.seeds and not differing(runs[name], seed, card)}  # fmt: skip
     cards = Cards({**kept, **collect(study, out).cards})
     write_results(study, place, cards)
     write_cards(place / "cards.jsonl", cards)
     for extra in folder(study, out).glob("*.png"):
         if extra.name != "figure.png":
             (place / extra.name).write_bytes(extra.read_bytes())
+    for other in STUDIES.values():
+        if study.name in other.borrows and committed(other.name).exists():
+            write_results(other, RESULTS / other.name, read_cards(committed(other.name)))
     write_page()
     return place
 

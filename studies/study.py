@@ -49,10 +49,10 @@ class Run:
     fields: Mapping[str, object] = dataclasses.field(default_factory=dict)
     preset: str = "quickstart"
     baselines: bool = False
-    """Score raw pixels and random weights beside this run: one run a study is enough, they are the same for all."""
+    """Score raw pixels and random weights beside this run: one run is enough where all have the same network."""
 
     def config(self, seed: int):
-        """The method's config with the fields applied. Raises UserError for a method, preset or field that is not."""
+        """The method's config with the fields applied. Raises UserError for a method, preset or field unknown to it."""
         if not (METHODS_FOLDER / self.method / "config.py").exists():
             raise UserError(f"run {self.name}: there is no methods/{self.method}")
         presets = importlib.import_module(f"methods.{self.method}.config").PRESETS
@@ -319,7 +319,8 @@ class Queue:
                     return
                 raise UserError(f"{name} stopped with status {code}: {last} (all: {place / f'{name}.log'})")
         if card_of(self.study, run, seed, self.out) is None:
-            raise UserError(f"{name} ended without a result card: see {place / f'{name}.log'}")
+            wanted = ", ".join(self.study.protocols)
+            raise UserError(f"{name} ended without a card that has all of {wanted}: see {place / f'{name}.log'}")
 
     def _call(self, words: list[str], log: Path) -> int:
         with log.open("a") as file:

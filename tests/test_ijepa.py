@@ -509,6 +509,7 @@ def test_a_run_that_does_not_learn_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
+    (("--schedule-scale", 0.5), "--schedule-scale 0.5: schedules that end before the run"),
     (("--image-size", 30), "views of 30 px do not divide into patches of 8 px"),
     (("--backbone", "resnet18"), "needs a ViT of timm"),
     (("--backbone", "vit_small_patch16_dinov3"), "needs a ViT of timm"),

@@ -12,12 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from common.backbones import BackboneSpec, create_backbone
 from common.distributed import rank, sync_batchnorm, world_size
 from common.errors import UserError
+from common.log import read_metrics
 from common.memory import cached_backward, checkpoint_blocks, couples_samples
 from common.vit import StochasticDepth
 from methods.simclr.config import PRESETS
 from methods.simclr.loss import nt_xent
 from methods.simclr.train import SimCLR, build
-from tests.processes import run_ranks
+from tests.processes import run_command, run_ranks
 
 TINY = dict(stem="cifar", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8, zero_init_last=False)
 
@@ -179,6 +180,18 @@ def test_stochastic_depth_on_ranks_equals_one_rank():
         assert_same(many, one, 1e-10)
     assert not torch.allclose(one["backbone.blocks.3.mlp.fc1.weight"],
                               stochastic_gradients(0.0)["backbone.blocks.3.mlp.fc1.weight"])  # fmt: skip
+
+
+def test_a_run_with_stochastic_depth_drops_paths(tmp_path):
+    losses = []
+    for rate in (0.0, 0.5):
+        small = ("--limit", 128, "--batch-size", 64, "--max-steps", 2, "--log-every", 1, "--no-eval", "--knn-every", 0)
+        place = ("--out", tmp_path, "--name", f"r{rate}")
+        code, text = run_command("methods.simclr.train", "shapes-vit", "--drop-path", rate, *small, *place,
+                                 log=tmp_path / "log")  # fmt: skip
+        assert code == 0, text
+        losses.append([line["loss"] for line in read_metrics(tmp_path / f"r{rate}" / "metrics.jsonl")])
+    assert all(abs(a - b) > 1e-4 for a, b in zip(*losses, strict=True)) and len(losses[0]) == 2
 
 
 # ---- large batches in little memory ----------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from common.errors import UserError
+from eval.decoder import Constants
 from studies import STUDIES, decoder, label_free, projector
 from studies.__main__ import main
 from studies.measure import measure
@@ -220,11 +222,19 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 
 def test_borrowed_cards_carry_their_studys_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    card = {"evaluations": [{"protocol": "linear", "target": "label", "metric": "top-1", "value": 7.0}]}
-    place = tmp_path / "runs" / "study-scale"
+    run = STUDIES["scale"].runs[0]
+    names = ("linear", "knn-20-0.07", "label-free", "factor-linear", "rotation")
+    rows = [{"protocol": name, "target": "label", "metric": "top-1", "value": 7.0} for name in names]
+    card = {"method": "simclr", "config": asdict(run.config(0)), "evaluations": rows}
+    place = tmp_path / "runs" / "study-scale" / directory_name(run, 0)
     place.mkdir(parents=True)
-    write_cards(place / "cards.jsonl", Cards({("x", 0): card}))
-    assert with_borrowed(tiny_study(borrows=("scale",)), Cards({}), local=True).values("scale/x", "linear") == [7.0]
+    (place / "result.json").write_text(json.dumps(card))
+    study, name = tiny_study(borrows=("scale",)), f"scale/{run.name}"
+    assert with_borrowed(study, Cards({}), local=True).values(name, "linear")[0] == 7.0
+    assert with_borrowed(study, Cards({})).values(name, "linear")[0] > 20  # the committed one
+    (place / "result.json").write_text(json.dumps({**card, "config": {**card["config"], "temperature": 9.0}}))
+    with pytest.raises(UserError, match="temperature 9.0, not"):
+        with_borrowed(study, Cards({}), local=True)
     own = with_borrowed(tiny_study(borrows=("methods",)), Cards({}))
     assert own.seeds == [0, 1, 2] and len(own.values("methods/simclr-quickstart", "linear")) == 3
 
@@ -335,6 +345,29 @@ def test_guillotine_reads_the_trained_projector(method, tmp_path):
     card = json.loads((tmp_path / "run" / "result.json").read_text())
     rows = [(r["target"], r["metric"]) for r in card["evaluations"] if r["protocol"] == "guillotine"]
     assert rows == [(n, m) for n in names for m in ("top-1", "RankMe")] and card["measured"] == ["studies.projector"]
+
+
+def test_decoder_rows_pictures_and_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "CONSTANTS", Constants(train_images=128, epochs=1, min_steps=0))
+    run, study = decoder.RUNS[0], STUDIES["decoder"]
+    for seed in (0, 1):
+        place = tmp_path / directory_name(run, seed)
+        flags = ("--epochs", 1, "--limit", 128, "--eval-protocols", "knn", "--no-eval-baselines", "--seed", seed)
+        code, text = run_command("methods.simclr.train", "smoke", *flags, "--out", tmp_path, "--name", place.name,
+                                 log=tmp_path / "log")  # fmt: skip
+        assert code == 0, text
+        measure(study, place)
+        card = json.loads((place / "result.json").read_text())
+        rows = {row["protocol"]: row for row in card["evaluations"]}
+        assert -0.5 < rows["decoder"]["value"] < 1 and rows["decoder"]["settings"] == {"dimensions": 64, "epochs": 1}
+        assert card["measured"] == ["studies.decoder"]
+        if seed:
+            assert "untrained" not in rows and not rows["decoder"]["baselines"]
+        else:
+            assert 0 <= rows["untrained"]["value"] < 50 and rows["decoder"]["baselines"]["PCA of pixels"] > 0.5
+    assert load_file(tmp_path / directory_name(run, 0) / decoder.FILE)["decoded"].shape == (decoder.SHOWN, 3, 32, 32)
+    study.after(tmp_path, Cards({}))
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
 def test_measure_is_the_queues_second_command(tmp_path):

@@ -133,8 +133,7 @@ def main(preset: str, cfg: Config) -> None:
     # ---- model -----------------------------------------------------------------------------------------------------
     torch.manual_seed(cfg.seed)
     model, spec = build(cfg, mean, std)
-    draws = dict(seed=cfg.seed, views=2, batch_size=cfg.batch_size)
-    stochastic_depth = StochasticDepth(model.backbone, cfg.drop_path, **draws)
+    depth = StochasticDepth(model.backbone, cfg.drop_path, seed=cfg.seed, views=2, batch_size=cfg.batch_size)
     if cfg.activation_checkpointing:
         checkpoint_blocks(model.backbone)
     if cfg.compile:
@@ -219,8 +218,8 @@ def main(preset: str, cfg: Config) -> None:
                 model, batches, loss_of, backward=accelerator.backward, no_sync=accelerator.no_sync, seed=step
             )
         else:
-            stochastic_depth.draw(step, device)
-            stochastic_depth.select(first=0, count=2)
+            depth.draw(step, device)
+            depth.select(first=0, count=2)
             views = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
             loss, parts = loss_of([model(views)])  # both views in one pass: BatchNorm over 2B rows
             accelerator.backward(loss)
