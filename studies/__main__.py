@@ -20,8 +20,8 @@ from common.cli import guarded
 from common.errors import UserError
 
 from . import STUDIES
-from .page import committed, publish, write_results
-from .study import Queue, Study, card_of, collect, commands, folder, items, read_cards, write_cards
+from .page import committed, committed_cards, publish, write_results
+from .study import Queue, Study, card_of, collect, commands, folder, items, read_cards
 
 
 @dataclass
@@ -51,7 +51,7 @@ def show_list(console: Console) -> None:
     for name in ("study", "question", "runs", "done here", "cards committed"):
         table.add_column(name, overflow="fold")
     for study in STUDIES.values():
-        lines = str(len(read_cards(committed(study.name)))) if committed(study.name).exists() else "none"
+        lines = str(len(committed_cards(study.name)))
         try:
             done = str(len(collect(study, None)))
         except UserError:
@@ -87,9 +87,7 @@ def run(args: Arguments) -> None:
         return
     else:
         Queue(study, args.out, console, args.jobs).run(seeds=args.seeds, limit=args.limit)
-        cards = collect(study, args.out)
-        write_results(study, place, cards, local=True)
-        write_cards(place / "cards.jsonl", cards)
+        write_results(study, place, collect(study, args.out), local=True)
     console.print(f"figure {place / 'figure.png'}\ntable  {place / 'table.md'}", markup=False)
 
 

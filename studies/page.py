@@ -78,8 +78,7 @@ def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
                     found[f"{METHODS}/{card['method']}-{card['preset']}", card["seed"]] = card
             continue
         own = collect(STUDIES[name], None).cards if local else {}
-        before = read_cards(committed(name)).cards if committed(name).exists() else {}
-        found |= {(f"{name}/{run}", seed): card for (run, seed), card in (before | own).items()}
+        found |= {(f"{name}/{run}", seed): card for (run, seed), card in (committed_cards(name).cards | own).items()}
     return Cards(found)
 
 
@@ -106,6 +105,11 @@ def committed(name: str) -> Path:
     return RESULTS / name / "cards.jsonl"
 
 
+def committed_cards(name: str) -> Cards:
+    """The study's cards in `studies/results`; none where it was never published."""
+    return read_cards(committed(name)) if committed(name).exists() else Cards({})
+
+
 def publish(study: Study, out: Path | None) -> Path:
     """Copy what a study left to `studies/results/NAME` and write the page anew. Committed cards of runs that are not
     here stay, unless the study now has other settings: so with no run at all this draws and writes what is committed.
@@ -115,9 +119,8 @@ def publish(study: Study, out: Path | None) -> Path:
 
     place = RESULTS / study.name
     place.mkdir(parents=True, exist_ok=True)
-    before = read_cards(committed(study.name)).cards if committed(study.name).exists() else {}
     runs = {run.name: run for run in study.runs}
-    kept = {(name, seed): card for (name, seed), card in before.items()
+    kept = {(name, seed): card for (name, seed), card in committed_cards(study.name).cards.items()
             if name in runs and seed in study.seeds and not differing(runs[name], seed, card)}  # fmt: skip
     cards = Cards({**kept, **collect(study, out).cards})
     write_results(study, place, cards)
@@ -127,7 +130,7 @@ def publish(study: Study, out: Path | None) -> Path:
             (place / extra.name).write_bytes(extra.read_bytes())
     for other in STUDIES.values():
         if study.name in other.borrows and committed(other.name).exists():
-            write_results(other, RESULTS / other.name, read_cards(committed(other.name)))
+            write_results(other, RESULTS / other.name, committed_cards(other.name))
     write_page()
     return place
 
