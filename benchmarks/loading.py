@@ -1,4 +1,4 @@
-"""How fast large JPEGs become views: decoding alone, and the stream of `ViewLoader`. Run by hand:
+"""How fast large JPEGs become views: decoding alone, and the stream of `ViewLoader`. Run manually:
 
     python -m benchmarks.loading [--images 500] [--seconds 4] [--threads 2]
 
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.augment import View, ViewRecipe
 from common.data import ViewLoader, decode, mean_std, open_data
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
 
 FLOOR = 840  # images/s, one thread, 500x375
 
@@ -60,8 +61,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     mean, std = mean_std("imagenet-1k")
-    colours = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "grey": 0.2}
-    recipe = ViewRecipe([View(size=224, blur=0.5, blur_kernel=23, mean=mean, std=std, **colours)] * 2)
+    colors = {
+        "color_jitter_prob": 0.8,
+        "brightness": 0.8,
+        "contrast": 0.8,
+        "saturation": 0.8,
+        "hue": 0.2,
+        "grayscale": 0.2,
+    }
+    recipe = ViewRecipe([View(size=224, blur=0.5, blur_kernel=23, mean=mean, std=std, **colors)] * 2)
 
     with tempfile.TemporaryDirectory() as name:
         size = draw(Path(name), args.images)

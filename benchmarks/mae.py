@@ -1,4 +1,4 @@
-"""MAE's whole step against the bare cost of its tokens: encoder blocks on the visible, decoder blocks on all of them.
+"""MAE's full step against the bare cost of its tokens: encoder blocks on the visible, decoder blocks on all of them.
 
     python -m benchmarks.mae                                           # quickstart's network on the CPU or the GPU
     python -m benchmarks.mae --preset imagenet-vitb --batch-size 256   # on a GPU
@@ -37,7 +37,7 @@ class Arguments:
     threads: int = 2
     """Intra-op threads on a CPU."""
     compile: bool = False
-    """torch.compile for the network (the whole step only; the bare one stays eager)."""
+    """torch.compile for the network (only the complete step; the bare one stays eager)."""
 
 
 def main(args: Arguments) -> None:
@@ -51,8 +51,9 @@ def main(args: Arguments) -> None:
     keep = keep_count(patches, cfg.mask_ratio)
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), lr=1e-6, betas=cfg.betas)
     data = open_data("shapes", "train", limit=max(4 * batch, 256), image_size=cfg.image_size, device=device, workers=2)
-    recipe = one_view(cfg.image_size, crop_scale=cfg.crop_scale, flip=cfg.flip, interpolation=cfg.interpolation,
-                      mean=mean, std=std)  # fmt: skip
+    recipe = one_view(
+        cfg.image_size, crop_scale=cfg.crop_scale, flip=cfg.flip, interpolation=cfg.interpolation, mean=mean, std=std
+    )
     loader = ViewLoader(data, recipe, batch_size=batch, seed=0, device=device)
     visible = torch.randn(batch, 1 + keep, vit.embed_dim, device=device)
     everything = torch.randn(batch, 1 + patches, decoder.mask_token.shape[-1], device=device)

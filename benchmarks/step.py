@@ -1,11 +1,11 @@
-"""What a training step costs beside its forward and backward passes, measured inside `train.py` itself.
+"""What a training step costs besides its forward and backward passes, measured inside `train.py` itself.
 
     python -m benchmarks.step                                  # every method, 4 MMAC network of cifar10-cpu
     python -m benchmarks.step --methods byol --preset cifar10-r18 --steps 200      # on a GPU
 
 Runs the real script of each method on embedded data with clocks around its parts, no copy of its loop. "Bare" is the
 floor: networks (a teacher's forward pass included), loss and backward pass of the same crops. "Loss" is the loss with
-its own backward pass, until gradients reach the networks' outputs. Medians over the steps.
+its backward pass, until gradients reach the networks' outputs. Medians over the steps.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from common.data import ViewLoader
 from common.run import Run
 
-OWN = ("ema_update", "sinkhorn", "update_center")  # what a method does beside networks, loss and optimiser
+OWN = ("ema_update", "sinkhorn", "update_center")  # what a method does besides networks, loss and optimizer
 WARM = 5  # steps not counted
 
 
@@ -37,7 +37,7 @@ class Arguments:
     methods: tuple[str, ...] = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "cpc", "dim", "amdim")
     """Directories under methods/."""
     preset: str = "cifar10-cpu"
-    """A preset that all of them have, on `shapes` instead of its own data."""
+    """A preset that all of them have, on `shapes` instead of its data."""
     steps: int = 60
     """Steps a method."""
     threads: int = 2
@@ -79,7 +79,7 @@ class Clock:
 
     def watched(self, value: object) -> object:
         """The same, with a mark at each tensor's gradient. A hook runs when its node's turn comes, and turns go by age,
-        so each tensor gets a new node: else networks younger than the tensor would be counted too."""
+        so each tensor gets a new node: otherwise networks younger than the tensor would be counted too."""
         if isinstance(value, torch.Tensor) and value.requires_grad:
             value = value.view_as(value)
             value.register_hook(self.mark)
@@ -126,12 +126,18 @@ def loss_functions(train: ModuleType) -> list[str]:
 
 
 def measure(method: str, args: Arguments, folder: str) -> dict[str, float]:
-    """Median seconds of each part of a step, and of the whole."""
+    """Median seconds of each part of a step, and of the complete step."""
     train = importlib.import_module(f"methods.{method}.train")
     cfg = replace(
         train.PRESETS[args.preset][1],
-        data="shapes", out=folder, eval=False, knn_every=0, max_steps=args.steps, save_every=10**9, resume="never",
-    )  # fmt: skip
+        data="shapes",
+        out=folder,
+        eval=False,
+        knn_every=0,
+        max_steps=args.steps,
+        save_every=10**9,
+        resume="never",
+    )
     clock = Clock()
     with ExitStack() as stack:
         for name in loss_functions(train):
@@ -141,7 +147,7 @@ def measure(method: str, args: Arguments, folder: str) -> dict[str, float]:
                 stack.enter_context(patch.object(train, name, clock.part(name, getattr(train, name))))
         for owner, name, part in (
             (ViewLoader, "__call__", "views"),
-            (torch.optim.Optimizer, "zero_grad", "optimiser"),
+            (torch.optim.Optimizer, "zero_grad", "optimizer"),
             (Run, "log", "log"),
         ):
             stack.enter_context(patch.object(owner, name, clock.part(part, getattr(owner, name))))
@@ -151,7 +157,7 @@ def measure(method: str, args: Arguments, folder: str) -> dict[str, float]:
         before = register_optimizer_step_pre_hook(lambda *_: starts.append(clock.now()))
 
         def after(*_) -> None:
-            clock.steps[-1]["optimiser"] += clock.now() - starts.pop()
+            clock.steps[-1]["optimizer"] += clock.now() - starts.pop()
 
         behind = register_optimizer_step_post_hook(after)
         try:

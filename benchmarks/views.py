@@ -3,11 +3,11 @@
 Prints images/s (source images, two views each) of SimCLR's recipe at 32 px without blur and at 224 px with blur:
 
     pil        torchvision on PIL images, sample by sample, in a DataLoader with as many workers as threads
-    eager      common.augment.ViewRecipe on a resident uint8 batch, drawing the random numbers included
+    eager      common.views.recipe.ViewRecipe on a resident uint8 batch, drawing the random numbers included
     compiled   the same with compile=True
     stream     crop_one in as many threads, then finish (224 px only; decoding is not part of it)
 
-All take turns within one process, medians over the rounds, so that what else runs on the machine hits them alike.
+All take turns within one process, medians over the rounds, so that other load on the machine affects them equally.
 Goals on two threads at 32 px: at least 8 times PIL eager and 15 times compiled. With `--device cuda` eager and compiled
 run on the GPU. A ViewRecipe raises malloc's thresholds itself; MALLOC_MMAP_THRESHOLD_=1000000000 in the environment
 changes only batches above 30 MB.
@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from common.augment import View, ViewRecipe
 from common.rng import generator
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
 
 TURN = 6  # batches
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,8 +36,18 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def simclr(size: int) -> View:
     """CIFAR: strength 0.5, no blur; ImageNet: strength 1 and blur (SimCLR, appendices A and B.9)."""
     s, blur = (0.5, 0.0) if size < 96 else (1.0, 0.5)
-    return View(size, jitter=0.8, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, grey=0.2,
-                blur=blur, mean=MEAN, std=STD)  # fmt: skip
+    return View(
+        size,
+        color_jitter_prob=0.8,
+        brightness=0.8 * s,
+        contrast=0.8 * s,
+        saturation=0.8 * s,
+        hue=0.2 * s,
+        grayscale=0.2,
+        blur=blur,
+        mean=MEAN,
+        std=STD,
+    )
 
 
 class PilViews(Dataset):
@@ -49,8 +60,8 @@ class PilViews(Dataset):
         steps = [
             transforms.RandomResizedCrop(view.size, view.scale, view.ratio),
             transforms.RandomHorizontalFlip(view.flip),
-            transforms.RandomApply([jitter], view.jitter),
-            transforms.RandomGrayscale(view.grey),
+            transforms.RandomApply([jitter], view.color_jitter_prob),
+            transforms.RandomGrayscale(view.grayscale),
         ]
         if view.blur:
             blur = transforms.GaussianBlur(view.blur_kernel, view.blur_sigma)
@@ -76,8 +87,13 @@ def batch_makers(size: int, batch: int, threads: int, device: str) -> dict[str, 
     images = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
     view = simclr(size)
     # one turn is one epoch of persistent workers, so that nothing is prefetched while others have their turn
-    loader = DataLoader(PilViews(images, view, TURN * batch), batch, num_workers=threads, persistent_workers=True,
-                        worker_init_fn=worker_setup)  # fmt: skip
+    loader = DataLoader(
+        PilViews(images, view, TURN * batch),
+        batch,
+        num_workers=threads,
+        persistent_workers=True,
+        worker_init_fn=worker_setup,
+    )
 
     def pil(turn: int) -> None:
         for _ in loader:

@@ -3,14 +3,14 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A frozen copy in train mode: BatchNorm uses batch statistics and keeps running buffers of its own.
+    """A frozen copy in train mode: BatchNorm uses batch statistics and keeps separate running buffers.
 
-    Make it before DistributedDataParallel wraps the student, and after converting norms, so that every rank holds the
-    same one.
+    Make it before DistributedDataParallel wraps the student, and after converting norms, so that every process holds
+    the same copy.
     """
     teacher = copy.deepcopy(student).train()
     return teacher.requires_grad_(False)
@@ -20,8 +20,9 @@ def make_teacher(student: nn.Module) -> nn.Module:
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for parameters only: buffers are never averaged.
 
-    Call it after the optimiser's step, once per step, with the schedule's momentum of that step. One fused pass over
+    Call it after the optimizer's step, once per step, with the schedule's momentum of that step. One fused pass over
     all parameters (lerp), without a loop in Python.
     """
-    targets, sources = list(teacher.parameters()), [p.detach() for p in student.parameters()]
+    targets: list[Tensor] = list(teacher.parameters())
+    sources = [p.detach() for p in student.parameters()]
     torch._foreach_lerp_(targets, sources, 1.0 - momentum)

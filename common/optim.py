@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+Tensors = tuple[Tensor, ...] | list[Tensor]  # what torch's _foreach functions take and return
+
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups of the trainable parameters: matrices and kernels with `weight_decay`, vectors (ndim <= 1) without.
@@ -13,7 +15,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     the parameters' `names`, so that a test or a reader can list what is decayed.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict] = [
         {"names": [n for n, p in named if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
         {"names": [n for n, p in named if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
@@ -24,8 +26,9 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) as the self-supervised papers use it.
 
-    Per tensor w with gradient g: u = g + weight_decay * w; q = trust * |w| / |u| if both norms are positive, else 1.
-    Groups with `adapt` False take u as it is (q = 1); `decay_groups` puts biases and norms there.
+    Per tensor w with gradient g: u = g + weight_decay * w; q = trust_coefficient * |w| / |u| if both norms are
+    positive, else 1.
+    Groups with `adapt` False use u unchanged (q = 1); `decay_groups` puts biases and norms there.
 
     momentum_form "lr-inside" (SimCLR's TensorFlow code): v = m v + lr q u, w = w - v.
     momentum_form "lr-outside" (torch's form; BYOL, Barlow Twins, MoCo-v3): v = m v + q u, w = w - lr v.
@@ -42,18 +45,23 @@ class LARS(torch.optim.Optimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        trust: float = 0.001,
+        trust_coefficient: float = 0.001,
         momentum_form: str = "lr-inside",
     ):
         if momentum_form not in ("lr-inside", "lr-outside"):
             raise ValueError(f"unknown momentum_form {momentum_form!r}: lr-inside or lr-outside")
         defaults = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=True, momentum_form=momentum_form
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            adapt=True,
+            momentum_form=momentum_form,
         )
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,7 +84,7 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(params, velocity, alpha=-group["lr"])
         return loss
 
-    def _update(self, group: dict, params: list[Tensor], update: list[Tensor]) -> list[Tensor]:
+    def _update(self, group: dict, params: Tensors, update: Tensors) -> Tensors:
         """q u of each tensor, from the gradients."""
         if group["weight_decay"]:
             update = torch._foreach_add(update, params, alpha=group["weight_decay"])
@@ -84,17 +92,17 @@ class LARS(torch.optim.Optimizer):
             w_norm = torch.stack(torch._foreach_norm(params))
             u_norm = torch.stack(torch._foreach_norm(update))
             # One small tensor op for all layers: no host sync, no branch per tensor.
-            ratio = torch.where((w_norm > 0) & (u_norm > 0), group["trust"] * w_norm / u_norm, 1.0)
+            ratio = torch.where((w_norm > 0) & (u_norm > 0), group["trust_coefficient"] * w_norm / u_norm, 1.0)
             update = torch._foreach_mul(update, list(ratio.unbind()))
         return update
 
 
 class LARC(LARS):
-    """NVIDIA apex's relative of LARS, around torch's SGD: SwAV's optimiser, for every tensor, norms and biases too.
+    """NVIDIA apex's relative of LARS, around torch's SGD: SwAV's optimizer, for every tensor, norms and biases too.
 
-    Per tensor w with gradient g: q = trust * |w| / (|g| + weight_decay * |w| + 1e-8), the sum of two norms where LARS
-    has the norm of the sum; v = m v + q (g + weight_decay * w); w = w - lr v. Where w or g is zero the gradient is
-    taken as it is, without decay: a bias that starts at zero makes a plain step first.
+    Per tensor w with gradient g: q = trust_coefficient * |w| / (|g| + weight_decay * |w| + 1e-8), the sum of two norms
+    where LARS has the norm of the sum; v = m v + q (g + weight_decay * w); w = w - lr v. Where w or g is
+    zero the gradient is used unchanged, without decay: a bias that starts at zero first makes a plain SGD step.
     clip: q <- min(q / lr, 1), so that a tensor's rate is the smaller of q and lr; SwAV leaves it off.
     Groups with `adapt` False take plain SGD with their weight decay. Defaults are SwAV's; apex's are trust 0.02, clip.
     Source: the formula of apex/parallel/LARC.py, as SwAV's main_swav.py calls it.
@@ -107,20 +115,25 @@ class LARC(LARS):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        trust: float = 0.001,
+        trust_coefficient: float = 0.001,
         clip: bool = False,
     ):
         self.clip = clip
         super().__init__(
-            params, lr, momentum=momentum, weight_decay=weight_decay, trust=trust, momentum_form="lr-outside"
+            params,
+            lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            momentum_form="lr-outside",
         )
 
-    def _update(self, group: dict, params: list[Tensor], update: list[Tensor]) -> list[Tensor]:
+    def _update(self, group: dict, params: Tensors, update: Tensors) -> Tensors:
         decay = group["weight_decay"]
         if not group["adapt"]:
             return torch._foreach_add(update, params, alpha=decay) if decay else update
         w_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
-        ratio = group["trust"] * w_norm / (g_norm + decay * w_norm + 1e-8)
+        ratio = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + 1e-8)
         if self.clip:
             ratio = (ratio / group["lr"]).clamp(max=1) if group["lr"] else torch.ones_like(ratio)
         both = (w_norm > 0) & (g_norm > 0)
@@ -134,3 +147,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """One learning rate for all groups, times each group's own `lr_scale` where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def build_optimizer(
+    name: str, groups: list[dict], *, momentum: float, lars_form: str = "lr-outside"
+) -> torch.optim.Optimizer:
+    """The optimizer of that name at rate 0; `set_lr` sets the rate before every step.
+
+    "lars" (`momentum_form` as in `LARS`), "larc" (apex's defaults: trust coefficient 0.02, clipped), "sgd", "adamw"
+    (which ignores `momentum`). Raises ValueError for another name.
+    """
+    match name:
+        case "lars":
+            return LARS(groups, lr=0.0, momentum=momentum, momentum_form=lars_form)
+        case "larc":
+            return LARC(groups, lr=0.0, momentum=momentum, trust_coefficient=0.02, clip=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=0.0)
+    raise ValueError(f"unknown optimizer {name!r}: lars, larc, sgd or adamw")

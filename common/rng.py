@@ -1,7 +1,7 @@
-"""Random numbers as pure functions of a key, so that N ranks equal one rank and resume needs no saved state.
+"""Random numbers as pure functions of a key, so that N processes equal one and resume needs no saved state.
 
-A key names what the numbers are for: `generator(seed, "views", step)`. Draw for the *global* batch, then slice the
-rank's part; never put the rank, the worker or the time into a key.
+A key names the purpose of the numbers: `generator(seed, "views", step)`. Draw for the *global* batch, then take the
+process's slice; never put the process, the worker or the time into a key.
 """
 
 import hashlib

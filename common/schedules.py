@@ -1,21 +1,28 @@
-"""Schedules as pure functions of the optimiser step (0-based): nothing to save, nothing that can step too often."""
+"""Schedules as pure functions of the optimizer step (0-based): nothing to save, nothing that can step too often."""
 
 import math
 
 
-def warmup_cosine(
-    step: int, *, peak: float, total: int, warmup: int = 0, start: float = 0.0, end: float = 0.0, endpoint: bool = False
+def cosine_schedule(
+    step: int,
+    *,
+    base: float,
+    total: int,
+    warmup: int = 0,
+    start: float = 0.0,
+    final: float = 0.0,
+    endpoint: bool = False,
 ) -> float:
-    """Linear warm-up from `start` to `peak` over `warmup` steps, then a half cosine to `end` at step `total`.
+    """Linear warm-up from `start` to `base` over `warmup` steps, then a half cosine to `final` at step `total`.
 
-    endpoint=False (SimCLR, BYOL, Barlow Twins): start + (peak - start) * step / warmup, so `peak` is first reached at
+    endpoint=False (SimCLR, BYOL, Barlow Twins): start + (base - start) * step / warmup, so `base` is first reached at
     step `warmup`, and with start=0 the first step does nothing.
-    endpoint=True (SwAV, DINO: numpy.linspace): `peak` is reached at step `warmup - 1` and repeated at `warmup`.
-    The last step is `total - 1`, so `end` itself is never reached, as in all official codes.
+    endpoint=True (SwAV, DINO: numpy.linspace): `base` is reached at step `warmup - 1` and repeated at `warmup`.
+    The last step is `total - 1`, so `final` itself is never reached, as in all official codes.
     """
     if step < warmup:
-        return start + (peak - start) * step / max(warmup - endpoint, 1)
-    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        return start + (base - start) * step / max(warmup - endpoint, 1)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def scaled_lr(base: float, batch_size: int, rule: str) -> float:

@@ -1,10 +1,15 @@
-"""Procedural images with known factors: one flat figure on a plain background of another colour.
+"""Procedural images with known factors: one flat shape, or a pair of one kind, on a plain background.
 
 Everything is a formula, so the data set needs no file, exists at any resolution, and a probe per factor can show what a
-method keeps and what it has become invariant to. Hue, size, place and rotation change every pixel and none of them
+method keeps and what it has become invariant to. Hue, size, position and rotation change every pixel and none of them
 changes the class: raw pixels are a poor representation of the shape.
 
-`sample_factors` draws the factors from a seed; `render` turns factors into pixels and draws nothing itself.
+A single shape is a harder task than it seems for methods without negatives: two crops of one image share its position,
+its size and the difference of the two hues, and these are learned first. In a pair each shape has different ones, and
+what the crops share most easily is the kind of shape.
+
+`sample_factors` and `sample_pair_factors` sample factors from a seed; `render` turns factors into pixels and uses no
+random numbers.
 """
 
 import math
@@ -16,17 +21,17 @@ from torch import Tensor
 
 from common.rng import generator
 
-VERSION = 1  # part of every fingerprint: raise it when a factor's law or a pixel changes
+VERSION = 1  # part of every fingerprint: raise it when a factor's distribution or a pixel changes
 
 SHAPES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "half-disc", "arrow", "hourglass")
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What a factor is, so that a probe knows how to read it.
+    """Type and range of a factor, which determine its probe.
 
     kind: "categorical" (long, 0 to n - 1), "continuous" (float between low and high) or "circular" (float, low equals
-    high on a circle). The unit is said in `text`.
+    high on a circle). `text` names the unit.
     """
 
     kind: str
@@ -42,12 +47,12 @@ class Factor:
 
 
 FACTORS: dict[str, Factor] = {
-    "shape": Factor("categorical", "the figure's class", names=SHAPES),
-    "hue": Factor("circular", "hue of the figure, in turns"),
-    "background_hue": Factor("circular", "hue of the background, in turns; a sixth of a turn or more from the figure"),
-    "size": Factor("continuous", "diameter of the figure's circumscribed circle, as a share of the image", 0.35, 0.75),
-    "x": Factor("continuous", "centre from the left edge, as a share of the image", 0.175, 0.825),
-    "y": Factor("continuous", "centre from the top edge, as a share of the image", 0.175, 0.825),
+    "shape": Factor("categorical", "the kind of shape", names=SHAPES),
+    "hue": Factor("circular", "hue of the shape, in turns"),
+    "background_hue": Factor("circular", "hue of the background, in turns; a sixth of a turn or more from the shape"),
+    "size": Factor("continuous", "diameter of the shape's circumscribed circle, as a share of the image", 0.35, 0.75),
+    "x": Factor("continuous", "center from the left edge, as a share of the image", 0.175, 0.825),
+    "y": Factor("continuous", "center from the top edge, as a share of the image", 0.175, 0.825),
     "rotation": Factor("continuous", "degrees, counter-clockwise", -30.0, 30.0),
     # Only with texture=True. A plain background has no texture to describe.
     "texture_angle": Factor("circular", "direction across the stripes, in half turns"),
@@ -55,12 +60,30 @@ FACTORS: dict[str, Factor] = {
     "texture_phase": Factor("circular", "offset of the stripes, in periods"),
 }
 
+OVERLAP = 0.03  # of the image side: how far the circles of a pair may reach into each other
+
+# Shape 1 is the upper one: an order that crops and horizontal flips leave alone, so that a probe has a fixed target.
+PAIR_FACTORS: dict[str, Factor] = {
+    "shape": Factor("categorical", "the kind of both shapes", names=SHAPES),
+    "background_hue": Factor("circular", "hue of the background, in turns; a sixth of a turn or more from each shape"),
+    "hue1": Factor("circular", "hue of the upper shape, in turns"),
+    "hue2": Factor("circular", "hue of the lower shape, in turns"),
+    "size1": Factor("continuous", "diameter of the upper shape's circle, as a share of the image", 0.38, 0.46),
+    "size2": Factor("continuous", "diameter of the lower shape's circle, as a share of the image", 0.38, 0.46),
+    "x1": Factor("continuous", "center of the upper shape from the left edge, as a share of the image", 0.19, 0.81),
+    "y1": Factor("continuous", "center of the upper shape from the top edge, as a share of the image", 0.19, 0.81),
+    "x2": Factor("continuous", "center of the lower shape from the left edge, as a share of the image", 0.19, 0.81),
+    "y2": Factor("continuous", "center of the lower shape from the top edge, as a share of the image", 0.19, 0.81),
+    "rotation1": Factor("circular", "degrees of the upper shape, counter-clockwise", 0.0, 360.0),
+    "rotation2": Factor("circular", "degrees of the lower shape, counter-clockwise", 0.0, 360.0),
+}
+
 
 def sample_factors(n: int, seed: int, *, texture: bool = False) -> dict[str, Tensor]:
     """Factors of n images: long [n] for "shape", float32 [n] for the others, in the units of `FACTORS`.
 
-    All are uniform and independent but for two: the background's hue keeps a distance from the figure's (so that the
-    figure can be seen; alone it is uniform), and the centre's range shrinks with the size (so that none is cut off).
+    All are uniform and independent but for two: the background's hue keeps a distance from the shape's (so that the
+    shape can be seen; alone it is uniform), and the center's range shrinks with the size (so that none is cut off).
     The first factors are the same with and without texture.
     """
     draws = torch.rand(n, 10, generator=generator(seed, "shapes"), dtype=torch.float64).unbind(1)
@@ -81,22 +104,63 @@ def sample_factors(n: int, seed: int, *, texture: bool = False) -> dict[str, Ten
     return {name: value if value.dtype == torch.long else value.float() for name, value in factors.items()}
 
 
+def sample_pair_factors(n: int, seed: int) -> dict[str, Tensor]:
+    """Factors of n images with two shapes of one kind: long [n] for "shape", float32 [n] for the others, in the units
+    of `PAIR_FACTORS`.
+
+    The two shapes' hues, sizes and rotations are independent. Each hue is a sixth of a turn or more from the
+    background's. The positions are uniform among those where neither shape is cut off and their circles overlap by
+    `OVERLAP` at most.
+    """
+    rng = generator(seed, "pairs")
+    draws = torch.rand(n, 8, generator=rng, dtype=torch.float64)
+    background, sizes = draws[:, 1], _between(draws[:, 2:4], PAIR_FACTORS["size1"])
+    hues = (background.unsqueeze(1) + 1 / 6 + draws[:, 4:6] * 4 / 6) % 1.0
+    centers = torch.empty(n, 2, 2, dtype=torch.float64)  # shape, then (x, y)
+    open_rows = torch.arange(n)
+    while len(open_rows):
+        half = sizes[open_rows].unsqueeze(2) / 2
+        tried = half + torch.rand(len(open_rows), 2, 2, generator=rng, dtype=torch.float64) * (1 - 2 * half)
+        centers[open_rows] = tried
+        distance = (tried[:, 0] - tried[:, 1]).square().sum(1).sqrt()
+        open_rows = open_rows[distance < half.sum((1, 2)) - OVERLAP]
+    order = centers[:, :, 1].argsort(1)  # the upper one first
+    sizes, centers = sizes.gather(1, order), centers.gather(1, order.unsqueeze(2).expand(n, 2, 2))
+    factors = {
+        "shape": (draws[:, 0] * len(SHAPES)).long(),
+        "background_hue": background,
+        "hue1": hues[:, 0],
+        "hue2": hues[:, 1],
+        "size1": sizes[:, 0],
+        "size2": sizes[:, 1],
+        "x1": centers[:, 0, 0],
+        "y1": centers[:, 0, 1],
+        "x2": centers[:, 1, 0],
+        "y2": centers[:, 1, 1],
+        "rotation1": draws[:, 6] * 360,
+        "rotation2": draws[:, 7] * 360,
+    }
+    return {name: value if value.dtype == torch.long else value.float() for name, value in factors.items()}
+
+
 def render(factors: dict[str, Tensor], size: int) -> Tensor:
     """Pixels of the images that `factors` describe: uint8 [n, 3, size, size]. A pure function, image by image.
 
-    Edges are antialiased over one pixel. Where the texture_* factors are given, the background carries strong stripes
-    of its own hue: two crops of one image share them, which makes them an easier way to tell images apart than the
-    figure is, and a contrastive method then drops the figure (feature suppression: Chen et al. 2021, arXiv 2011.02803).
+    `factors` are those of `FACTORS`, or those of `PAIR_FACTORS` for two shapes. Edges are antialiased over one pixel.
+    Where the texture_* factors are given, the background has strong stripes of its hue: two crops of one image share
+    them, so they distinguish images more easily than the shape does, and a contrastive method then drops the shape
+    (feature suppression: Chen et al. 2021, arXiv:2011.02803).
     """
     n = len(factors["shape"])
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    draw = _render_pairs if "hue1" in factors else _render_single
     chunk = max(1, 2**18 // size**2)  # the temporaries of a chunk stay in the cache
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many short operations: 0.5 s for 10,000 images, and two threads take longer, not less
     try:
         for start in range(0, n, chunk):
             part = {name: value[start : start + chunk] for name, value in factors.items()}
-            images[start : start + chunk] = _render_chunk(part, size)
+            images[start : start + chunk] = draw(part, size)
     finally:
         torch.set_num_threads(threads)
     return images
@@ -105,34 +169,52 @@ def render(factors: dict[str, Tensor], size: int) -> Tensor:
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _render_chunk(factors: dict[str, Tensor], size: int) -> Tensor:
-    centres = (torch.arange(size, dtype=torch.float32) + 0.5) / size  # pixel centres, share of the image
-    radius = (factors["size"] / 2).view(-1, 1, 1)
-    right = (centres.view(1, 1, -1) - factors["x"].view(-1, 1, 1)) / radius  # [n, 1, S], in radii
-    up = (factors["y"].view(-1, 1, 1) - centres.view(1, -1, 1)) / radius  # [n, S, 1]; the image's y points down
-    cos, sin = _cos_sin(factors["rotation"].double() / 360)
-    u, v = right * cos + up * sin, up * cos - right * sin  # [n, S, S], upright in the figure's own frame
+def _render_single(factors: dict[str, Tensor], size: int) -> Tensor:
+    cover = _cover(factors["shape"], factors["x"], factors["y"], factors["size"], factors["rotation"], size)
+    # Equal saturation and value: hue alone separates shape and background. A shape that is always brighter than its
+    # background lifts raw-pixel kNN from 35 to 41 %.
+    shape = _hsv_to_rgb(factors["hue"], 0.8, 0.9)
+    background = _hsv_to_rgb(factors["background_hue"], 0.8, 0.9)
+    if "texture_angle" in factors:
+        background = background * _stripes(factors, _pixel_centers(size)).unsqueeze(1)
+    return torch.lerp(background, shape, cover).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _render_pairs(factors: dict[str, Tensor], size: int) -> Tensor:
+    """The shapes are brighter than the background, equally in all images: a brightness that varied from image to image
+    would be shared by its crops and learned in place of the shape."""
+    images = _hsv_to_rgb(factors["background_hue"], 0.8, 0.35).expand(-1, 3, size, size)
+    for i in ("1", "2"):
+        place = factors["x" + i], factors["y" + i], factors["size" + i], factors["rotation" + i]
+        images = torch.lerp(images, _hsv_to_rgb(factors["hue" + i], 0.5, 0.95), _cover(factors["shape"], *place, size))
+    return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _pixel_centers(size: int) -> Tensor:
+    return (torch.arange(size, dtype=torch.float32) + 0.5) / size  # share of the image
+
+
+def _cover(shape: Tensor, x: Tensor, y: Tensor, diameter: Tensor, rotation: Tensor, size: int) -> Tensor:
+    """Share of each pixel that the shape covers, [n, 1, S, S], from the factors [n] of a shape."""
+    centers = _pixel_centers(size)
+    radius = (diameter / 2).view(-1, 1, 1)
+    right = (centers.view(1, 1, -1) - x.view(-1, 1, 1)) / radius  # [n, 1, S], in radii
+    up = (y.view(-1, 1, 1) - centers.view(1, -1, 1)) / radius  # [n, S, 1]; the image's y points down
+    cos, sin = _cos_sin(rotation.double() / 360)
+    u, v = right * cos + up * sin, up * cos - right * sin  # [n, S, S], upright in the shape's own frame
 
     distance = torch.empty_like(u)
     for index, name in enumerate(SHAPES):
-        rows = (factors["shape"] == index).nonzero().squeeze(1)
+        rows = (shape == index).nonzero().squeeze(1)
         if len(rows):
             distance[rows] = _DISTANCE[name](u[rows], v[rows])
-    cover = (0.5 - distance * (radius * size)).clamp_(0, 1).unsqueeze(1)  # [n, 1, S, S], share of the pixel covered
-
-    # Equal saturation and value: hue alone parts figure and background. A figure that is always brighter than its
-    # background lifts raw-pixel kNN from 35 to 41 %.
-    figure = _hsv_to_rgb(factors["hue"], 0.8, 0.9)
-    background = _hsv_to_rgb(factors["background_hue"], 0.8, 0.9)
-    if "texture_angle" in factors:
-        background = background * _stripes(factors, centres).unsqueeze(1)
-    return torch.lerp(background, figure, cover).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+    return (0.5 - distance * (radius * size)).clamp_(0, 1).unsqueeze(1)
 
 
-def _stripes(factors: dict[str, Tensor], centres: Tensor) -> Tensor:
+def _stripes(factors: dict[str, Tensor], centers: Tensor) -> Tensor:
     """Brightness of the background, [n, S, S]: bars of 0.1 and 1.1 with soft edges."""
     cos, sin = _cos_sin(factors["texture_angle"].double() / 2)
-    place = centres.view(1, 1, -1) * cos + centres.view(1, -1, 1) * sin
+    place = centers.view(1, 1, -1) * cos + centers.view(1, -1, 1) * sin
     turns = place * factors["texture_frequency"].view(-1, 1, 1) + factors["texture_phase"].view(-1, 1, 1)
     wave = (turns - turns.floor() - 0.5).abs() * 4 - 1  # triangle, -1 to 1; no cosine: exact on every machine
     return 0.6 + 0.5 * (wave * 2).clamp_(-1, 1)
@@ -154,7 +236,7 @@ def _between(draw: Tensor, factor: Factor) -> Tensor:
     return factor.low + draw * (factor.high - factor.low)
 
 
-# ---- figures: signed distance to the edge, negative inside, in units of the circumscribed circle's radius ------------
+# ---- shapes: signed distance to the edge, negative inside, in units of the circumscribed circle's radius -------------
 
 
 def _outline(*points: tuple[float, float]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -190,7 +272,7 @@ def _ring(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _half_disc(u: Tensor, v: Tensor) -> Tensor:
-    lifted = v + 0.3  # its flat side lies below the centre, so that the figure sits in the circle
+    lifted = v + 0.3  # its flat side lies below the center, so that the shape sits in the circle
     return torch.maximum((u * u + lifted * lifted).sqrt_() - 0.95, -lifted)
 
 

@@ -1,4 +1,4 @@
-"""Threads that decode and crop, each on one core, for data that is read as it is needed."""
+"""Threads that decode and crop, each on one core, for data that is read on demand."""
 
 import threading
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from common.errors import UserError
 def worker_pool(workers: int) -> ThreadPoolExecutor:
     """Threads whose torch operations run on one core each; the caller's number of threads is as before.
 
-    Without this every worker would start an OpenMP team of its own for each copy of a large image.
+    Without this every worker would start another OpenMP team for each copy of a large image.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: at least one thread is needed")
@@ -38,6 +38,10 @@ def wait_for(futures: Iterable[Future]) -> None:
     try:
         for future in futures:
             future.result()
+    except MemoryError as error:
+        raise UserError(
+            "not enough memory to decode and crop: use fewer --workers or a smaller --batch-size"
+        ) from error
     finally:
         for future in futures:
             future.cancel()

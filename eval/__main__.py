@@ -1,65 +1,82 @@
-"""Score any backbone by the one protocol of this repository.
+"""Evaluate any backbone by the common protocol of this repository.
 
-    python -m eval runs/simclr-quickstart          on the run's own data, merged into its result.json
-    python -m eval exported/backbone.safetensors --data cifar10 --out scores.json
-    python -m eval resnet18 --pretrained --data imagenette --protocols knn,metrics
-    python -m eval runs/mine --protocols finetune,lowshot --finetune.epochs 30 --finetune.labels 1%,5000
+python -m eval runs/simclr-quickstart          on the run's own data, merged into its result.json
+python -m eval exported/backbone.safetensors --data cifar10 --out scores.json
+python -m eval resnet18 --pretrained --data imagenette --protocols knn,metrics
+python -m eval --model vit_small_patch16_224 --weights dino_deitsmall16_pretrain.pth --data cifar10
+python -m eval runs/mine --protocols finetune,lowshot --finetune.epochs 30 --finetune.labels 1% 5000
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import tyro
 from rich.console import Console
 
-from common.cli import guarded
-from common.data import open_data
+from common.cli import run_cli
+from common.data import Images, open_data
 from common.errors import UserError
-from common.files import write_whole
+from common.progress import Display
+from common.run import data_differences, data_record
+from common.sources import once
+from common.weights import weights_name
+from eval.card import FILE, Card, card_problems, describe_data, make_scores, merge_rows, read_card, save_card
 from eval.features import pooled
-from eval.finetune import Recipe, recipe_for
-from eval.load import load, random_init
-from eval.protocols import DEFAULT, PROTOCOLS, check_names, check_protocols, evaluate, merge_rows, results_table
+from eval.finetune.recipe import Recipe, check
+from eval.finish import describe_backbone
+from eval.load import device_of, load_asked, random_init, run_record
+from eval.protocols import DEFAULT, PROTOCOLS, Evaluation, check_names, check_protocols, evaluate, results_table
+from eval.session import PROBED, TEST
 
 
 @dataclass
 class Arguments:
     """What to score, on which data, by which protocols."""
 
-    run: tyro.conf.Positional[str]
-    """Run directory, .safetensors file (its .json beside it) or timm model name."""
+    run: tyro.conf.Positional[str] = ""
+    """Run directory, .safetensors file (with its .json next to it) or timm model name."""
+    model: str = ""
+    """timm model name, for --weights."""
+    weights: str = ""
+    """Weights for --model: .safetensors or .pth (MAE, DINO, MoCo, SwAV ...; FILE::student for one of several networks
+    in it), or hf-hub:org/name. All of the network must be in it."""
+    normalize: str | None = None
+    """For --weights: mean and std of the inputs, as in training. Default: those beside the file, or ImageNet's."""
     protocols: str | None = None
-    """Comma-separated, out of knn, linear, linear-augmented, metrics, factors, rotation, finetune, lowshot. Default:
-    all that the data can serve except linear-augmented, finetune and lowshot, which are slow, and rotation."""
+    """Comma-separated, out of knn, linear, linear-augmented, mlp, metrics, factors, rotation, finetune, lowshot.
+    Default: knn, linear, metrics and factors, as far as the data supports them."""
     data: str | None = None
-    """shapes, a hub name, or a path. Default for a run directory: the data it was trained on."""
+    """shapes, a hub name, or a path. Default for a run directory: the data it was trained on, or its --eval-data."""
     image_column: str | None = None
-    """Column of the images, where it cannot be found from the features."""
+    """Column of the images, where it cannot be inferred from the features."""
     label_column: str | None = None
-    """Column of the labels, where it cannot be found from the features."""
+    """Column of the labels, where it cannot be inferred from the features."""
     limit: int | None = None
     """Use only N images of each split."""
+    data_name: str | None = None
+    """Name of the data in the card of --out; default: that of the hub or the folder."""
     image_size: int | None = None
-    """Pixels. Default: the size the backbone was trained at."""
+    """Image size in pixels. Default: the size the backbone was trained at."""
     pretrained: bool = False
     """For a timm name: its published weights instead of random ones."""
     pool: str = "auto"
-    """What of a ViT the frozen protocols read: cls, mean (of the patch tokens), last-N (class tokens of N blocks).
-    auto: as the network itself does."""
+    """Which ViT tokens the frozen protocols use: cls, mean (of the patch tokens), last-N (class tokens of N blocks).
+    auto: the network's default."""
+    top5: bool = False
+    """Top-5 accuracy for few classes too; from 50 classes on it is always measured."""
     augmented_epochs: int = 100
     """Epochs of linear-augmented."""
     batch_size: int = 512
-    """Images per forward pass; changes nothing but speed and memory."""
+    """Images per forward pass; affects only speed and memory."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ... auto: the GPU if there is one."""
     seed: int | None = None
-    """Seed of the probes and of the random weights. Default: the run's, else 0."""
+    """Seed of the probes and of the random weights. Default: the run's seed, otherwise 0."""
     out: Path | None = None
-    """File for the result as JSON. Default for a run directory on its own data: merged into its result.json."""
+    """File for the result as a card, which eval.compare takes. Default for a run directory on its own data: merged into
+    its result.json."""
     finetune: Recipe = field(default_factory=Recipe)
-    """Of finetune and lowshot. What is None has a default that depends on the network and the image size."""
+    """Settings for finetune and lowshot. Unset values depend on the network and image size."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,74 +86,153 @@ def main(argv: list[str] | None = None) -> None:
     if not protocols:
         raise UserError(f"--protocols is empty: choose from {', '.join(PROTOCOLS)}.")
     device = device_of(args.device)
-    directory = Path(args.run) if Path(args.run).is_dir() else None
-    config = run_config(directory) if directory else {}
-    backbone, spec = load(args.run, pretrained=args.pretrained)
+    if bool(args.run) == bool(args.model) or bool(args.model) != bool(args.weights):
+        raise UserError("give what to score: a run directory, file or timm name, or --model NAME with --weights FILE")
+    directory = Path(args.run) if args.run and Path(args.run).is_dir() else None
+    record = run_record(directory) if directory else {}
+    config = record.get("config", {})
+    name = args.run or f"{args.model} with {weights_name(args.weights)}"
+    backbone, spec, foreign = load_asked(
+        args.run or args.model,
+        weights=args.weights,
+        normalize=args.normalize,
+        pretrained=args.pretrained,
+        image_size=args.image_size,
+    )
     pooled(backbone, args.pool)  # mistakes in the options: before any image is read
     if {"finetune", "lowshot"} & set(protocols):
-        recipe_for(backbone, args.image_size or spec.image_size, args.finetune, args.pool)
+        check(args.finetune, backbone, image_size=args.image_size or spec.image_size, pool=args.pool)
     image_size, seed = args.image_size or spec.image_size, config.get("seed", 0) if args.seed is None else args.seed
 
-    data = args.data or config.get("data")
+    judged = "eval_" if config.get("eval_data") else ""  # a run says which data it is judged on
+    data = args.data or config.get(f"{judged}data")
     if data is None:
-        raise UserError(f"say which data to score {args.run} on: --data shapes, a hub name such as cifar10, or a path")
+        raise UserError(f"say which data to score {name} on: --data shapes, a hub name such as cifar10, or a path")
     own_data = args.data is None and args.limit is None and args.image_column is None and args.label_column is None
-    options = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit}
+    image_column, label_column, limit = args.image_column, args.label_column, args.limit
     if args.data is None:  # as the run was trained, whose --limit was for the training images alone
-        options = {name: value or config.get(name) or None for name, value in options.items()}
-    train = open_data(data, split="train", image_size=image_size, **options)
-    test = open_data(data, split="test", image_size=image_size, **{**options, "limit": args.limit})
+        image_column = image_column or config.get(f"{judged}image_column") or None
+        label_column = label_column or config.get(f"{judged}label_column") or None
+        if not judged and config.get("split", "train") == "train":
+            limit = limit or config.get("limit") or None
+    card = (directory / FILE) if directory and own_data and args.image_size is None else None
+    content = read_card(card) if card is not None and card.exists() else None  # a damaged one: before any image is read
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    notice = once(console.print)
+    train = open_data(
+        data,
+        split="train",
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
+        limit=limit,
+        log=notice,
+    )
+    test = open_data(
+        data,
+        split="test",
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
+        limit=args.limit,
+        log=notice,
+    )
+    if directory is not None and card is not None:
+        refuse_changed_data(directory, record, data, {PROBED: train, TEST: test})
     if args.protocols is not None:  # asked for by name: an error instead of a note
         check_protocols(protocols, train, test, args.finetune)
 
-    console = Console(soft_wrap=True, highlight=False)
-    result = evaluate(backbone, train, test, image_size=image_size, mean=spec.mean, std=spec.std, protocols=protocols,
-                      random_init=random_init(spec, seed), device=device, seed=seed, batch_size=args.batch_size,
-                      augmented_epochs=args.augmented_epochs, pool=args.pool, recipe=args.finetune,
-                      log=lambda line: console.print(line, markup=False))
-    console.print(results_table(result.rows, title=f"{args.run} on {train.name}: {len(train):,} training images, "
-                                                   f"{len(test):,} test images, {image_size} px"))
-    card = (directory / "result.json") if directory and own_data and args.image_size is None else None
-    if card is not None and card.exists():
-        content = json.loads(card.read_text())
-        content["evaluations"] = merge_rows(content.get("evaluations", []), result.rows)
-        write_whole(card, json.dumps(content, indent=1) + "\n")
+    described = describe_backbone(spec, backbone)
+
+    def save(so_far: Evaluation) -> None:
+        if card is not None and content is not None:
+            save_card(card, {**content, "evaluations": merge_rows(content["evaluations"], so_far.rows)})
+        if args.out is not None:
+            scores = make_scores(
+                scored_name(args, name),
+                trained_by(directory),
+                data=describe_data(
+                    train, test, label_name=train.label_name, image_size=image_size, name=args.data_name or ""
+                ),
+                backbone=described,
+                parameters=sum(p.numel() for p in backbone.parameters()),
+                seed=seed,
+                device=str(device),
+                evaluations=so_far.rows,
+                initial_weights=foreign.record() if foreign else None,
+            )
+            save_card(args.out, scores)
+
+    with Display(console, prefix="evaluation: "):
+        result = evaluate(
+            backbone,
+            train,
+            test,
+            image_size=image_size,
+            mean=spec.mean,
+            std=spec.std,
+            protocols=protocols,
+            random_init=random_init(spec, seed, image_size),
+            device=device,
+            seed=seed,
+            batch_size=args.batch_size,
+            augmented_epochs=args.augmented_epochs,
+            pool=args.pool,
+            recipe=args.finetune,
+            top5=args.top5,
+            save=save,
+            log=lambda line: console.print(line),
+        )
+    console.print(
+        results_table(
+            result.rows,
+            title=f"{name} on {train.name}: {len(train):,} training images, {len(test):,} test images, {image_size} px",
+        )
+    )
+    if card is not None and content is not None:
         console.print(f"merged into {card}")
     elif args.out is None:
-        console.print("not saved: --out FILE writes it as JSON" + (
-            "" if card is None else f" ({card} does not exist: the run has not ended yet)"))
+        console.print(
+            "not saved: --out FILE writes it as JSON"
+            + ("" if card is None else f" ({card} does not exist: the run has not ended yet)")
+        )
+    save(result)
     if args.out is not None:
-        content = {
-            "format": 1, "seed": seed, "backbone": spec.name, "pretrained": args.pretrained, "device": str(device),
-            "data": {"name": train.name, "label_name": train.label_name, "fingerprint": train.fingerprint,
-                     "train_images": len(train), "test_images": len(test), "image_size": image_size},
-            "evaluations": result.rows}
-        write_whole(args.out, json.dumps(content, indent=1) + "\n")
         console.print(f"written to {args.out}")
+    if args.protocols is not None and result.skipped:  # asked for by name
+        raise UserError("; ".join(f"{name} was not run: {reason}" for name, reason in result.skipped.items()))
 
 
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def scored_name(args: Arguments, name: str) -> str:
+    """What tables call the backbone `name`: the file or directory, the timm model and whose weights it has."""
+    if args.model:
+        return name
+    if Path(name).exists():
+        return Path(name).resolve().name
+    return f"{name}, {'pretrained' if args.pretrained else 'random weights'}"
+
+
+def trained_by(directory: Path | None) -> Card | None:
+    """The card of the run in `directory`, where there is a whole one."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"--device {name} is not available here: {str(error).splitlines()[0]}") from None
-    return device
+        run = read_card(Path() if directory is None else directory / FILE)
+    except UserError:
+        return None
+    return None if card_problems(run, complete=True) or "scored" in run else run
 
 
-def run_config(directory: Path) -> dict:
-    """The run's resolved settings, or {} where the directory holds an export without them."""
-    path = directory / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): the run directory is damaged") from None
-    return {**content, **content["config"]} if isinstance(content.get("config"), dict) else content
+def refuse_changed_data(directory: Path, record: dict, spec: str, opened: dict[str, Images]) -> None:
+    """Raise UserError where the run in `directory` has recorded other images than those that were opened now."""
+    if changed := data_differences(record.get("data", {}), data_record(opened)):
+        raise UserError(
+            f"the data have changed since {directory} was trained: {'; '.join(changed)}. Restore them, or score it on "
+            f"what is there now, beside its card: --data {spec} --out FILE"
+        )
+
+
+def command() -> None:
+    run_cli(main)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    command()

@@ -1,22 +1,21 @@
-"""Looking into a representation: what a decoder can give back of an image from its frozen features.
+"""Looking into a representation: what a decoder can reconstruct of an image from its frozen features.
 
     python -m eval.decoder runs/simclr-quickstart runs/dim-quickstart --out decoded.png --json decoded.json
     python -m eval.decoder runs/*-cifar10 --data path/to/cifar10 --images 12 --out decoded.png
 
-For every run a small convolutional decoder, the same with the same constants for all, is trained to give back the
-training images from the backbone's features [N, D], which stay as they are. Then it draws held-out test images: a row
-of the originals, a row of each run. What a row gets wrong for all images alike (colours, places, texture) is what the
-features do not hold, or hold in a way that a small decoder cannot read.
+For every run a small convolutional decoder, with the same constants for all, is trained to reconstruct the training
+images from the backbone's frozen features [N, D]. Then it reconstructs held-out test images: a row of the originals and
+a row per run. What a row gets wrong for all images (colors, positions, texture) is not encoded in the features, or
+not in a form that a small decoder can read.
 
-Beside the picture a number: R2 = 1 - MSE / MSE of the mean training image, in pixels of [0, 1] on held-out images: 0 is
-no better than the mean image, 1 is exact. In the same table: the same network with random weights, raw pixels through
-the same decoder (what the decoder itself loses), and PCA of raw pixels with D components, which of all linear codes of
-that width is the best one on the training images.
+The picture comes with a number: R2 = 1 - MSE / MSE of the mean training image, in pixels of [0, 1] on held-out images:
+0 is no better than the mean image, 1 is exact. The same table lists the same network with random weights, raw pixels
+through the same decoder (the decoder's own loss), and PCA of raw pixels with D components, the best linear code of
+that width on the training images.
 
-The decoder has one answer for each feature, so where the features leave something open it draws the average of all that
-fits: blur means "not known", not "known to be blurred". Samples of what fits would need a conditional diffusion model
-(RCDM, Bordes et al. 2021, arXiv:2112.09164). And a high R2 is no merit in itself: most methods are meant to forget
-pixels.
+The decoder predicts a conditional mean: blur marks what the features do not determine, not "known to be blurred".
+Samples instead of means would need a conditional diffusion model (RCDM, Bordes et al. 2021, arXiv:2112.09164). A high
+R2 is no merit in itself: most methods are supposed to discard pixels.
 """
 
 import copy
@@ -27,6 +26,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,31 +37,31 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from common.cli import guarded
+from common.backbones import BackboneSpec
+from common.cli import run_cli
 from common.data import open_data
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_atomic
 from common.rng import generator
-from common.schedules import warmup_cosine
-from eval.__main__ import device_of, run_config
+from common.schedules import cosine_schedule
 from eval.features import RawPixels, extract_features
 from eval.figures import STYLE, styled
-from eval.load import load, random_init
-from eval.protocols import RANDOM, RAW
+from eval.load import device_of, load, random_init, run_record
 from eval.rotation import sample
+from eval.setup import RANDOM, RAW
 
 PCA_SIDE = 48  # px: beyond, the eigenvectors of all pixels take many minutes
-BLUR = "A decoder draws the average of what the features leave open: blur is what they do not say."
+BLUR = "The decoder predicts a conditional mean: blur marks what the features do not determine."
 
 
 @dataclass(frozen=True)
 class Constants:
-    """The decoder and its training: the same for every method, ours, and tuned on none of them."""
+    """The decoder and its training: our choice, the same for every method and tuned on none of them."""
 
     grid: int = 4
-    """Side of the first feature map, which one linear layer makes of the features."""
+    """Side of the first feature map, the output of one linear layer."""
     channels: tuple[int, ...] = (64, 64, 32)
-    """Of that map and after each doubling but the last, which makes the image; beyond 32 px the last one repeats."""
+    """Width of that map and after each doubling but the last, which outputs the image; above 32 px the last repeats."""
     epochs: int = 16
     min_steps: int = 500
     batch_size: int = 128
@@ -82,10 +82,14 @@ class Constants:
 class Decoder(nn.Module):
     """Features [B, D] -> images [B, 3, size, size] in pixels of [0, 1], not clamped.
 
-    Standardise, a linear layer to a map of 4 x 4, up-sampling by transposed convolutions (4 x 4, stride 2, so that all
+    Standardize, a linear layer to a map of 4 x 4, up-sampling by transposed convolutions (4 x 4, stride 2, so that all
     pixels get equally many terms), and the mean training image added. The last layer starts at zero: an untrained
     decoder gives the mean image, R2 = 0, and so does one whose features are the same for all images.
     """
+
+    mean: Tensor
+    scale: Tensor
+    mean_image: Tensor
 
     def __init__(self, features: Tensor, mean_image: Tensor, constants: Constants):
         super().__init__()
@@ -97,14 +101,16 @@ class Decoder(nn.Module):
         self.register_buffer("mean_image", mean_image)
         size, width = mean_image.shape[-1], constants.channels[0]
         stages = max(1, math.ceil(math.log2(size / constants.grid)))
-        layers = [nn.Linear(features.shape[1], width * constants.grid**2)]
+        layers: list[nn.Module] = [nn.Linear(features.shape[1], width * constants.grid**2)]
         layers += [nn.Unflatten(1, (width, constants.grid, constants.grid))]
         for stage in range(1, stages):
             after = constants.channels[min(stage, len(constants.channels) - 1)]
             layers += [nn.ConvTranspose2d(width, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
             width = after
-        layers += [nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1)]
-        nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
+        last = nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        layers += [last]
         if constants.grid * 2**stages != size:
             layers += [nn.Upsample((size, size), mode="bilinear", align_corners=False)]
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
@@ -127,21 +133,25 @@ def train_decoder(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """A decoder that gives `train_images` (uint8 [N, 3, S, S]) back from the frozen features `train_x` [N, D].
+    """A decoder that reconstructs `train_images` (uint8 [N, 3, S, S]) from the frozen features `train_x` [N, D].
 
     AdamW on the squared error in pixels, warm-up and cosine to zero, `epochs` or more where these are fewer than
     `min_steps` steps. A tenth of the training images, never trained on, chooses the epoch, the untrained decoder (the
-    mean image) included: features that say little would else be fitted image by image and end below the mean image.
+    mean image) included: otherwise uninformative features would be fitted image by image and end below the mean image.
     Weights, order and that tenth depend on `seed` alone: on a CPU the result is the same to the bit.
     Raises UserError where features and images are not equally many, or there are fewer than 20 to leave some out of.
     """
     constants = constants or Constants()
     if not len(train_x) or len(train_x) != len(train_images):
-        raise UserError(f"a decoder needs one image for every feature, but there are {len(train_x)} features and "
-                        f"{len(train_images)} images.")
+        raise UserError(
+            f"a decoder needs one image for every feature, but there are {len(train_x)} features and "
+            f"{len(train_images)} images."
+        )
     if constants.validation and len(train_x) < 2 * constants.validation:
-        raise UserError(f"a decoder needs at least {2 * constants.validation} training images to choose its epoch on a "
-                        f"part of them, but there are {len(train_x)}.")
+        raise UserError(
+            f"a decoder needs at least {2 * constants.validation} training images to choose its epoch on a "
+            f"part of them, but there are {len(train_x)}."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator(seed, "decoder"))))
         decoder = Decoder(train_x.float(), mean_of(train_images), constants).to(device)
@@ -157,14 +167,16 @@ def train_decoder(
     per_epoch = len(fit) // batch_size
     epochs = max(constants.epochs, math.ceil(constants.min_steps / per_epoch))
     total = epochs * per_epoch
-    plan = {"peak": constants.lr, "total": total, "warmup": round(constants.warmup * total)}
+    warmup = round(constants.warmup * total)
     best, kept = (validation(), copy.deepcopy(decoder.state_dict())) if count else (math.inf, None)
     for epoch in range(epochs):
         order = fit[torch.randperm(len(fit), generator=generator(seed, "decoder order", epoch))]
         for i in range(per_epoch):
-            index = order[i * batch_size:(i + 1) * batch_size]
+            index = order[i * batch_size : (i + 1) * batch_size]
             target = train_images[index].to(device).float() / 255
-            optimizer.param_groups[0]["lr"] = warmup_cosine(epoch * per_epoch + i, endpoint=True, **plan)
+            optimizer.param_groups[0]["lr"] = cosine_schedule(
+                epoch * per_epoch + i, base=constants.lr, total=total, warmup=warmup, endpoint=True
+            )
             loss = (decoder(train_x[index].to(device, torch.float32)) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -178,7 +190,7 @@ def train_decoder(
 
 @torch.no_grad()
 def decode(decoder: Decoder, x: Tensor, batch_size: int = 512) -> Tensor:
-    """What `decoder` makes of features [N, D]: float32 [N, 3, S, S] on the CPU, pixels of [0, 1] but not clamped."""
+    """Reconstructions from features [N, D]: float32 [N, 3, S, S] on the CPU, pixels of [0, 1] but not clamped."""
     device = decoder.mean.device
     return torch.cat([decoder(part.to(device, torch.float32)).cpu() for part in x.split(batch_size)])
 
@@ -204,24 +216,24 @@ class PixelPCA:
         self.mean = mean_of(images).double().flatten()
         pixels = self.mean.numel()
         if len(images) < pixels:  # the same vectors from the smaller of the two Gram matrices
-            x = self._centred(images)
+            x = self._centered(images)
             values, vectors = torch.linalg.eigh(x @ x.T)
             kept = values > 1e-10 * values[-1]
             self.components = (x.T @ vectors[:, kept] / values[kept].sqrt()).flip(1)
         else:
             gram = torch.zeros(pixels, pixels, dtype=torch.float64)
             for part in images.split(1024):
-                x = self._centred(part)
+                x = self._centered(part)
                 gram.addmm_(x.T, x)
             self.components = torch.linalg.eigh(gram)[1].flip(1)  # [P, up to P], the largest first
 
-    def _centred(self, images: Tensor) -> Tensor:
+    def _centered(self, images: Tensor) -> Tensor:
         return images.flatten(1).double() / 255 - self.mean
 
     def reconstruct(self, images: Tensor, width: int) -> Tensor:
         """`images` from their first `width` components: float32 [N, 3, S, S]."""
         basis = self.components[:, :width]
-        return (self._centred(images) @ basis @ basis.T + self.mean).float().view(images.shape)
+        return (self._centered(images) @ basis @ basis.T + self.mean).float().view(images.shape)
 
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------
@@ -243,7 +255,7 @@ def sheet(originals: Tensor, rows: Mapping[str, Tensor], title: str = "") -> Fig
     canvas = torch.ones(len(bands) * pitch - gap, count * pitch - gap, 3)
     for r, band in enumerate(bands):
         for c, image in enumerate(band):
-            canvas[r * pitch:r * pitch + size, c * pitch:c * pitch + size] = image.permute(1, 2, 0)
+            canvas[r * pitch : r * pitch + size, c * pitch : c * pitch + size] = image.permute(1, 2, 0)
     cell, left = 0.62, 0.3 + 0.085 * max(len(line) for name in names for line in name.split("\n"))  # inches
     width, height, top, foot = max(5.0, left + cell * count + 0.15), cell * len(bands), 0.4 if title else 0.1, 0.3
     total = height + top + foot
@@ -270,26 +282,26 @@ def _pixels(images: Tensor) -> Tensor:
 
 @dataclass
 class Arguments:
-    """What to look into, and where to put the picture and the numbers."""
+    """The runs to decode, and where to write the picture and the numbers."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run directories, .safetensors files (each with its .json beside it) or timm model names, of one image size."""
+    """Run directories, .safetensors files (each with its .json next to it) or timm model names, of one image size."""
     data: str | None = None
-    """shapes, a hub name, or a path. Default: the data that all the runs were trained on."""
+    """shapes, a hub name, or a path. Default: the data that all runs were trained on."""
     image_column: str | None = None
-    """Column of the images, where it cannot be found from the features."""
+    """Column of the images, if it cannot be inferred from the features."""
     limit: int | None = None
     """Use only N images of each split. At most 10,000 training and 2,000 test images are used, evenly spaced."""
     epochs: int | None = None
-    """Of each decoder. Default: 16, or more where these are fewer than 500 steps."""
+    """Epochs of each decoder. Default: 16, or more where these are fewer than 500 steps."""
     images: int = 8
     """Columns of the picture: test images, evenly spaced."""
     baselines: bool = True
-    """Random weights (a decoder more for each network), raw pixels (one more) and PCA of raw pixels."""
+    """Also random weights (one more decoder per network), raw pixels (one more) and PCA of raw pixels."""
     seed: int = 0
-    """Of the decoders and of the random weights."""
+    """Seed of the decoders and of the random weights."""
     batch_size: int = 512
-    """Images per forward pass of a backbone; changes nothing but speed and memory."""
+    """Images per forward pass of a backbone; affects only speed and memory."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ... auto: the GPU if there is one."""
     out: Path | None = None
@@ -307,29 +319,40 @@ def main(argv: list[str] | None = None) -> None:
     specs = [spec for _, spec in loaded]
     sizes = {name: f"{spec.image_size} px" for name, spec in zip(names, specs, strict=True)}
     if len(set(sizes.values())) > 1:
-        raise UserError(f"these runs were trained at different sizes, so one sheet cannot hold them: {_listed(sizes)}")
+        raise UserError(f"these runs were trained at different sizes, so they cannot share one sheet: {_listed(sizes)}")
     size = specs[0].image_size
     spec, column = _data(args, names)
 
-    stores = [open_data(spec, split=split, image_column=column, limit=args.limit, image_size=size)
-              for split in ("train", "test")]
+    stores = [
+        open_data(spec, split=split, image_column=column, limit=args.limit, image_size=size)
+        for split in ("train", "test")
+    ]
     counts = (constants.train_images, constants.test_images)
     train, test = (sample(store, count)[0] for store, count in zip(stores, counts, strict=True))
     train_images, test_images = (store.eval_images(0, len(store), size).cpu() for store in (train, test))
     shown = sample(test, args.images)[1]
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     mean = mean_of(train_images)
     base = squared_error(test_images, test_images, lambda _: mean)
     rows: list[dict] = []
     pictures: dict[str, Tensor] = {}
 
-    def scored(name: str, module: nn.Module, about, of: str | None = None) -> int:
+    def scored(name: str, module: nn.Module, about: BackboneSpec, of: str | None = None) -> int:
         """Train and score one decoder; returns the features' width."""
         start = time.perf_counter()
-        options = {"image_size": size, "mean": about.mean, "std": about.std, "device": device,
-                   "batch_size": args.batch_size}
         module = module.to(device)
-        x, test_x = (extract_features(module, store, **options) for store in (train, test))
+        x, test_x = (
+            extract_features(
+                module,
+                store,
+                image_size=size,
+                mean=about.mean,
+                std=about.std,
+                device=device,
+                batch_size=args.batch_size,
+            )
+            for store in (train, test)
+        )
         decoder = train_decoder(x, train_images, constants=constants, seed=args.seed, device=device)
         add(name, x.shape[1], squared_error(test_x, test_images, lambda part: decode(decoder, part)), of)
         pictures[_caption(rows[-1])] = decode(decoder, test_x[shown])
@@ -337,8 +360,9 @@ def main(argv: list[str] | None = None) -> None:
         return x.shape[1]
 
     def add(name: str, width: int, error: float, of: str | None = None) -> None:
-        rows.append({"name": name, "of": of, "features": width, "mse": error,
-                     "r2": 1 - error / base if base > 0 else None})
+        rows.append(
+            {"name": name, "of": of, "features": width, "mse": error, "r2": 1 - error / base if base > 0 else None}
+        )
 
     widths = [scored(name, backbone, about) for name, (backbone, about) in zip(names, loaded, strict=True)]
     if args.baselines:
@@ -350,22 +374,33 @@ def main(argv: list[str] | None = None) -> None:
         if size <= PCA_SIDE:
             pca = PixelPCA(train_images)
             for width in sorted({min(width, pca.components.shape[1]) for width in widths}):
-                add("PCA of pixels", width, squared_error(test_images, test_images,
-                                                          lambda part, width=width: pca.reconstruct(part, width)))
+                error = squared_error(test_images, test_images, partial(pca.reconstruct, width=width))
+                add("PCA of pixels", width, error)
                 pictures[_caption(rows[-1])] = pca.reconstruct(test_images[shown], width)
         else:
             console.print(f"no PCA: {size} px have more than {3 * PCA_SIDE**2:,} numbers an image")
     console.print(_table(rows, f"{train.name}: {len(train):,} training images, R2 on {len(test):,} test images"))
     if args.out is not None:
         figure = sheet(test_images[shown], pictures, f"What a decoder gives back of held-out images of {test.name}")
-        _write_png(args.out, figure)
+        write_atomic(args.out, _png(figure))
         console.print(f"written to {args.out}")
     if args.json is not None:
-        content = {"format": 1, "seed": args.seed, "constants": dataclasses.asdict(constants), "mse_of_mean": base,
-                   "data": {"name": train.name, "fingerprint": stores[0].fingerprint, "image_size": size,
-                            "train_images": len(train), "test_images": len(test), "shown": shown.tolist()},
-                   "results": rows}
-        write_whole(args.json, json.dumps(content, indent=1) + "\n")
+        content = {
+            "format": 1,
+            "seed": args.seed,
+            "constants": dataclasses.asdict(constants),
+            "mse_of_mean": base,
+            "data": {
+                "name": train.name,
+                "fingerprint": stores[0].fingerprint,
+                "image_size": size,
+                "train_images": len(train),
+                "test_images": len(test),
+                "shown": shown.tolist(),
+            },
+            "results": rows,
+        }
+        write_atomic(args.json, json.dumps(content, indent=1) + "\n")
         console.print(f"written to {args.json}")
     if args.out is None and args.json is None:
         console.print("not saved: --out FILE.png writes the picture, --json FILE the numbers")
@@ -384,7 +419,8 @@ def _constants(args: Arguments) -> Constants:
 
 
 def _names(runs: tuple[str, ...]) -> list[str]:
-    """What the rows are called: the run directory's name, or of a file elsewhere its own; the whole path on a tie."""
+    """Names of the rows: the run directory's name, or that of a file; the full path if two agree."""
+
     def short(run: str) -> str:
         path = Path(run).resolve() if Path(run).exists() else Path(run)
         if path.suffix == ".safetensors":
@@ -399,10 +435,10 @@ def _names(runs: tuple[str, ...]) -> list[str]:
 
 
 def _data(args: Arguments, names: list[str]) -> tuple[str, str | None]:
-    """(data, image column): what the command line says, else what all runs agree on."""
+    """(data, image column) from the command line, otherwise those that all runs agree on."""
     if args.data is not None:
         return args.data, args.image_column
-    configs = [run_config(Path(run)) if Path(run).is_dir() else {} for run in args.runs]
+    configs = [run_record(Path(run)).get("config", {}) if Path(run).is_dir() else {} for run in args.runs]
     known = {name: config["data"] for name, config in zip(names, configs, strict=True) if config.get("data")}
     if not known:
         raise UserError("say which data to decode: --data shapes, a hub name such as cifar10, or a path")
@@ -437,18 +473,11 @@ def _table(rows: list[dict], title: str) -> Table:
     return table
 
 
-def _write_png(path: Path, figure: Figure) -> None:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_bytes(buffer.getvalue())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

@@ -5,11 +5,12 @@ import io
 from collections.abc import Callable
 from functools import wraps
 from html import escape
+from typing import Any, ParamSpec
 
 import matplotlib
 from matplotlib.figure import Figure
 
-STYLE = {
+STYLE: dict[Any, object] = {  # matplotlib's own type of the keys lists all its settings
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,14 +26,16 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
 }
-GREY = "#8a9299"
+GRAY = "#8a9299"
+
+P = ParamSpec("P")
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """The same function, drawing with `STYLE`."""
 
     @wraps(draw)
-    def drawn(*args, **kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 

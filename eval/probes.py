@@ -11,9 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.linear import compact, standardiser, validation_split
+from common.data import Images
+from common.shapes import FACTORS, OVERLAP, PAIR_FACTORS, render
+from eval.features import forward_features, frozen, normalizer, standardizer
+from eval.linear import (
+    chosen_rate,
+    linear_probe,
+    probe_sentence,
+    probe_settings,
+    project_to_row_space,
+    validation_split,
+)
+from eval.setup import Candidate, EvalSetup, Row, factors_of, make_row
 
 PENALTIES = tuple(10.0**e for e in range(-4, 3))
+PROFILE_IMAGES = 512
+KNOWN = {**FACTORS, **PAIR_FACTORS}
 
 
 def r_squared(prediction: Tensor, target: Tensor) -> float:
@@ -42,8 +55,8 @@ def ridge_probes(
     then the regression is solved again on all of them. Raises UserError for fewer than 20 images.
     """
     x = train_x.to(device, torch.float64)
-    standardise = standardiser(x)
-    x, test_x = compact(standardise(x), standardise(test_x.to(device, torch.float64)))
+    standardize = standardizer(x)
+    x, test_x = project_to_row_space(standardize(x), standardize(test_x.to(device, torch.float64)))
     fit, held_out = (part.to(device) for part in validation_split(torch.zeros(len(x), dtype=torch.long), seed))
     targets = {name: y.to(device, torch.float64).reshape(len(x), -1) for name, y in train_y.items()}
     stacked = torch.cat(list(targets.values()), 1)  # [N, all columns]
@@ -83,14 +96,25 @@ def circular_target(values: Tensor, period: float) -> Tensor:
 
 
 def drawable(factors: dict[str, Tensor]) -> Tensor:
-    """Bool [n]: the `shapes` data could have drawn these factors, whose laws are not independent (common.shapes).
+    """Bool [n]: the generator could have sampled these factors, whose laws are not independent (common.shapes).
 
-    The figure lies inside the image and its hue is at least a sixth of a turn from the background's. Exchanging one
-    factor alone can break both: an invisible or cut-off figure would say nothing about the factor.
+    Every shape lies inside the image and its hue is at least a sixth of a turn from the background's; in a pair the
+    circles overlap by `OVERLAP` at most and shape 1 is the upper one. Exchanging one factor alone can break these laws:
+    an invisible or cut-off shape would say nothing about the factor.
     """
-    half, gap = factors["size"] / 2, (factors["hue"] - factors["background_hue"]).abs() % 1.0
-    inside = [(factors[axis] >= half) & (factors[axis] <= 1 - half) for axis in ("x", "y")]
-    return inside[0] & inside[1] & (torch.minimum(gap, 1 - gap) >= 1 / 6 - 1e-6)
+    pair = "hue1" in factors
+    possible = torch.ones(len(factors["shape"]), dtype=torch.bool)
+    for i in ("1", "2") if pair else ("",):
+        half, gap = factors["size" + i] / 2, (factors["hue" + i] - factors["background_hue"]).abs() % 1.0
+        for axis in ("x", "y"):
+            possible &= (factors[axis + i] >= half) & (factors[axis + i] <= 1 - half)
+        possible &= torch.minimum(gap, 1 - gap) >= 1 / 6 - 1e-6
+    if pair:
+        distance = torch.hypot(factors["x1"] - factors["x2"], factors["y1"] - factors["y2"])
+        possible &= (distance >= (factors["size1"] + factors["size2"]) / 2 - OVERLAP - 1e-6) & (
+            factors["y1"] <= factors["y2"]
+        )
+    return possible
 
 
 def invariance_profile(
@@ -132,3 +156,97 @@ def invariance_profile(
             moved = distance(changed, pairs)
             profile[name] = moved / random_pairs if informative and random_pairs > 0 else math.nan
     return profile
+
+
+# ---- protocol --------------------------------------------------------------------------------------------------------
+
+
+def protocol(setup: EvalSetup, candidate: Candidate) -> list[Row]:
+    """A probe per factor (linear for classes, ridge regression for numbers), then the invariance profile."""
+    train_factors, test_factors = factors_of(setup.train), factors_of(setup.test)
+    rows, train, test = {}, {}, {}
+    for name in train_factors:
+        factor, train_y, test_y = KNOWN[name], train_factors[name], test_factors[name]
+        if factor.kind == "categorical":
+            rows[name] = _categorical(setup, candidate, name)
+        elif factor.kind == "circular":
+            period = factor.high - factor.low
+            train[name], test[name] = circular_target(train_y, period), circular_target(test_y, period)
+        else:
+            train[name], test[name] = train_y, test_y
+    found = ridge_probes(candidate.train_x, train, candidate.test_x, test, seed=setup.seed, device=setup.device)
+    for name, (value, penalty) in found.items():
+        factor = KNOWN[name]
+        target = f"{name!r} ({factor.text})"
+        if factor.kind == "circular":
+            target = f"the cosine and sine of {target}"
+        settings = setup.settings(
+            model="ridge regression, closed form",
+            standardised=True,
+            kind=factor.kind,
+            penalties=list(PENALTIES),
+            selection="R2 on a tenth of the training images, then solved on all",
+        )
+        text = (
+            f"Ridge regression of {target} from standardised backbone features; penalty chosen on a tenth of the "
+            f"{len(setup.train):,} training images; R2 on {len(setup.test):,} test images "
+            "(1 = exact, 0 = no better than the mean)."
+        )
+        rows[name] = make_row("factor-linear", name, "R2", value, settings, text, chosen={"penalty": penalty})
+    return [rows[name] for name in train_factors] + _invariance(setup, candidate)
+
+
+def _categorical(setup: EvalSetup, candidate: Candidate, name: str) -> Row:
+    factor, train_y, test_y = KNOWN[name], factors_of(setup.train)[name], factors_of(setup.test)[name]
+    result = candidate.label_probe if _is_label(setup.train, name) and _is_label(setup.test, name) else None
+    if result is None:
+        result = linear_probe(
+            candidate.train_x,
+            train_y,
+            candidate.test_x,
+            test_y,
+            num_classes=factor.n,
+            seed=setup.seed,
+            device=setup.device,
+        )
+    n, test_n = len(setup.train), len(setup.test)
+    return make_row(
+        "factor-linear",
+        name,
+        "top-1",
+        result.accuracy,
+        probe_settings(setup, n),
+        f"Factor {name!r} ({factor.text}): {probe_sentence(setup, n, test_n)}",
+        chosen=chosen_rate("learning_rate", result),
+    )
+
+
+def _is_label(store: Images, name: str) -> bool:
+    """Whether the factor is what the store's labels hold, so that the probe of the labels gives the same number."""
+    same = store.labels is not None and torch.equal(factors_of(store)[name], store.labels)
+    return same and name == store.label_name
+
+
+def _invariance(setup: EvalSetup, candidate: Candidate) -> list[Row]:
+    factors = {name: value[:PROFILE_IMAGES] for name, value in factors_of(setup.test).items()}
+    n = len(next(iter(factors.values())))
+    normalize = normalizer(setup.mean, setup.std, setup.device)
+
+    def features(images: Tensor) -> Tensor:
+        parts = images.split(setup.batch_size)
+        return torch.cat([forward_features(candidate.module, normalize(part)).cpu() for part in parts])
+
+    with frozen(candidate.module):
+        profile = invariance_profile(features, factors, lambda values: render(values, setup.image_size), drawable)
+    return [
+        make_row(
+            "invariance",
+            name,
+            "relative distance",
+            value,
+            setup.settings(images=n),
+            f"Mean cosine distance of centred features between test images that differ in {name!r} alone, divided "
+            f"by that between random images ({n} pairs): 0 = invariant, 1 = as different as two random images.",
+        )
+        for name, value in profile.items()
+    ]

@@ -15,17 +15,26 @@ Where it misleads:
 - Raw pixels show how much of the answer is lighting and layout: read the number beside that baseline.
 """
 
-import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from common.data import ImageStream
+from common.data import Images
 from common.errors import UserError
 from common.rng import generator
 from common.sources import spread
-from eval import linear
 from eval.features import extract_features, forward_features
+from eval.linear import (
+    VALIDATION,
+    ProbeResult,
+    chosen_rate,
+    linear_probe,
+    probe_sentence,
+    probe_settings,
+    validation_split,
+)
+from eval.setup import Candidate, EvalSetup, Row, make_row
 
 TURNS = 4
 CHANCE = 100 / TURNS
@@ -47,22 +56,33 @@ class Turned(nn.Module):
         return torch.cat([forward_features(self.backbone, x) for x in turned], 1)
 
 
-def sample(store, count: int) -> tuple[object, Tensor]:
-    """(a store of up to `count` images of `store`, evenly spaced and without their labels, their indices [n])."""
+def sample(store: Images, count: int) -> tuple[Images, Tensor]:
+    """(up to `count` images of `store`, evenly spaced; their indices, long [n])."""
     index = torch.tensor(spread(len(store), count))
-    about = {"labels": None, "factors": None}
-    if isinstance(store, ImageStream):
-        return dataclasses.replace(store, rows=store.rows[index], **about), index
-    return dataclasses.replace(store, images=store.images[index.to(store.images.device)], **about), index
+    return store.subset(index), index
 
 
-def turned_features(backbone: nn.Module, store, upright: Tensor, count: int, **options) -> Tensor:
+def turned_features(
+    backbone: nn.Module,
+    store: Images,
+    upright: Tensor,
+    count: int,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+) -> Tensor:
     """[n, 4, D]: features of up to `count` images of `store`, each at its four turns.
 
-    `upright` [N, D]: those of all images as they are, which are not computed again; `options`: of `extract_features`.
+    `upright` [N, D]: those of all images as they are, which are not computed again. Other arguments as in
+    `extract_features`.
     """
     part, index = sample(store, count)
-    others = extract_features(Turned(backbone), part, **options)
+    others = extract_features(
+        Turned(backbone), part, image_size=image_size, mean=mean, std=std, device=device, batch_size=batch_size
+    )
     return torch.cat([upright[index], others], 1).unflatten(1, (TURNS, -1))
 
 
@@ -75,7 +95,7 @@ def arranged(images: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     turns = torch.arange(TURNS).repeat(images)
     held_out = torch.zeros(len(turns), dtype=torch.bool)
-    held_out[linear.validation_split(turns, seed)[1]] = True
+    held_out[validation_split(turns, seed)[1]] = True
     shuffled = torch.randperm(images, generator=generator(seed, "rotation images"))
     rows = torch.empty_like(turns)
     for turn in range(TURNS):
@@ -84,15 +104,57 @@ def arranged(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return rows, turns
 
 
-def rotation_probe(train: Tensor, test: Tensor, *, seed: int = 0, device: torch.device | str = "cpu"):
-    """The `linear.ProbeResult` of predicting the turn, from features [n, 4, D] of training and of test images.
+def rotation_probe(train: Tensor, test: Tensor, *, seed: int = 0, device: torch.device | str = "cpu") -> ProbeResult:
+    """The result of predicting the turn, from features [n, 4, D] of training and of test images.
 
     Uses the first multiple of ten of the training images. Raises UserError for fewer than ten.
     """
-    images = len(train) - len(train) % linear.VALIDATION
+    images = len(train) - len(train) % VALIDATION
     if not images:
-        raise UserError(f"rotation needs at least {linear.VALIDATION} training images, but there are {len(train)}.")
+        raise UserError(f"rotation needs at least {VALIDATION} training images, but there are {len(train)}.")
     rows, turns = arranged(images, seed)
     test_turns = torch.arange(TURNS).repeat(len(test))
-    return linear.linear_probe(train[rows, turns], turns, test.flatten(0, 1), test_turns, num_classes=TURNS, seed=seed,
-                               device=device)
+    return linear_probe(
+        train[rows, turns], turns, test.flatten(0, 1), test_turns, num_classes=TURNS, seed=seed, device=device
+    )
+
+
+# ---- protocol --------------------------------------------------------------------------------------------------------
+
+
+def protocol(setup: EvalSetup, candidate: Candidate) -> list[Row]:
+    """The probe of up to `TRAIN_IMAGES` and `TEST_IMAGES` images."""
+    train, test = (
+        turned_features(
+            candidate.module,
+            store,
+            x,
+            count,
+            image_size=setup.image_size,
+            mean=setup.mean,
+            std=setup.std,
+            device=setup.device,
+            batch_size=setup.batch_size,
+        )
+        for store, x, count in (
+            (setup.train, candidate.train_x, TRAIN_IMAGES),
+            (setup.test, candidate.test_x, TEST_IMAGES),
+        )
+    )
+    result = rotation_probe(train, test, seed=setup.seed, device=setup.device)
+    n, m = len(train) - len(train) % VALIDATION, len(test)
+    settings = probe_settings(setup, TURNS * n) | {
+        "images": [n, m],
+        "degrees": [0, 90, 180, 270],
+        "chance": CHANCE,
+        "selection": "top-1 on a tenth of the training images with their four turns, then trained on all",
+    }
+    del settings["labelled_train_images"]
+    text = (
+        f"Which way an image is turned (0, 90, 180 or 270 degrees; chance {CHANCE:g} %), after Reed et "
+        f"al. 2021: {n:,} training and {m:,} test images at all four turns, none of the labels. "
+        f"{probe_sentence(setup, TURNS * n, TURNS * m)} Misleading where turns were among "
+        "the augmentations, or where images have no upright."
+    )
+    chosen = chosen_rate("learning_rate", result)
+    return [make_row("rotation", "rotation", "top-1", result.accuracy, settings, text, chosen)]

@@ -1,4 +1,4 @@
-"""What each method's features keep of an image: a small decoder draws it back."""
+"""What each method's features keep of an image: a small decoder reconstructs it."""
 
 from pathlib import Path
 from statistics import fmean
@@ -8,16 +8,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.data import open_data
+from common.html import PALETTE
 from eval.decoder import Constants, PixelPCA, decode, mean_of, sheet, squared_error, train_decoder
 from eval.features import extract_features
-from eval.figures import GREY, styled
+from eval.figures import GRAY, styled
 from eval.linear import linear_probe
 from eval.load import load, random_init
 from eval.protocols import RANDOM
-from eval.report import PALETTE
 
+from .cards import Cards
 from .figures import legend, points
-from .study import SMALL, Cards, Run, Study, directory_name
+from .study import SMALL, Run, Study, Table, directory_name
 
 METHODS = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "amdim", "cpc", "dim", "mae", "ijepa", "autoencoder")
 SHOWN = 10
@@ -43,8 +44,9 @@ def measure(directory: Path, card: dict) -> list[dict]:
 
     def decoded(network: nn.Module) -> tuple[Tensor, Tensor, nn.Module, float]:
         """Features of the training and test images, the decoder, and its R2."""
-        about = dict(image_size=size, mean=spec.mean, std=spec.std)
-        x, test_x = (extract_features(network, store, **about) for store in (train, test))
+        x, test_x = (
+            extract_features(network, store, image_size=size, mean=spec.mean, std=spec.std) for store in (train, test)
+        )
         decoder = train_decoder(x, images, constants=CONSTANTS, seed=card["seed"])
         return x, test_x, decoder, 1 - squared_error(test_x, test_images, lambda part: decode(decoder, part)) / base
 
@@ -59,8 +61,9 @@ def measure(directory: Path, card: dict) -> list[dict]:
         error = squared_error(test_images, test_images, lambda part: pca.reconstruct(part, x.shape[1]))
         random_x, random_test_x, _, random_r2 = decoded(random_init(spec, 0))
         rows[0]["baselines"] = {RANDOM: random_r2, PCA: 1 - error / base}
-        about = dict(num_classes=len(train.class_names), seed=0)
-        probe = linear_probe(random_x, train.labels, random_test_x, test.labels, **about)
+        probe = linear_probe(
+            random_x, train.labels, random_test_x, test.labels, num_classes=len(train.class_names), seed=0
+        )
         text = "As linear, on the same network with random weights."
         row = {"protocol": "untrained", "target": "label", "metric": "top-1", "value": probe.accuracy, "text": text}
         rows.append(row | {"settings": {}, "baselines": {}})
@@ -68,7 +71,7 @@ def measure(directory: Path, card: dict) -> list[dict]:
 
 
 def draw_sheet(place: Path, cards: Cards) -> None:
-    """`sheet.png`: the same test images, decoded from each method's features, of the first seed."""
+    """`sheet.webp`: the same test images, decoded from each method's features, of the first seed."""
     rows, originals = {}, None
     for run in RUNS:
         path = place / directory_name(run, STUDY.seeds[0]) / FILE
@@ -77,7 +80,7 @@ def draw_sheet(place: Path, cards: Cards) -> None:
             rows[run.name], originals = tensors["decoded"], tensors["originals"]
     if rows:
         figure = sheet(originals, rows, "The same test images, decoded from each method's frozen features")
-        figure.savefig(place / "sheet.png", dpi=110)
+        figure.savefig(place / "sheet.webp", dpi=110, pil_kwargs={"quality": 90})
 
 
 def references(cards: Cards, run: str, name: str) -> list[float]:
@@ -92,9 +95,15 @@ def draw(cards: Cards) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     places = range(len(RUNS))
     names = [run.name for run in RUNS]
-    points(left, places, [cards.values(n, "decoder", "pixels") for n in names], color=PALETTE[0], label="trained",
-           line=False)  # fmt: skip
-    for shift, reference, color in ((0.2, RANDOM, "#b8860b"), (0.35, PCA, GREY)):
+    points(
+        left,
+        places,
+        [cards.values(n, "decoder", "pixels") for n in names],
+        color=PALETTE[0],
+        label="trained",
+        line=False,
+    )
+    for shift, reference, color in ((0.2, RANDOM, "#b8860b"), (0.35, PCA, GRAY)):
         found = [references(cards, n, reference) for n in names]
         points(left, [p + shift for p in places], found, color=color, label=f"{reference}, one seed", line=False)
     left.axhline(0, color="#1e2429", linewidth=0.8)
@@ -107,24 +116,43 @@ def draw(cards: Cards) -> Figure:
     for y, x, name in spots:
         right.plot(x, y, "o", color=PALETTE[0])
         free = max(y, free + 3.4)
-        right.annotate(name, (x, y), (x - 0.05, free), fontsize=7.5, ha="right", va="center",
-                       arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6})  # fmt: skip
+        right.annotate(
+            name,
+            (x, y),
+            (x - 0.05, free),
+            fontsize=7.5,
+            ha="right",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6},
+        )
     right.set_xlim(left=0)
     right.set(title="shape known against pixels known", xlabel="R2 of pixels", ylabel="linear probe on the shape, %")
     return figure
 
 
-def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
+def tables(cards: Cards) -> list[Table]:
     factors = (f"R2 {f.replace('_', ' ')}" for f in FACTORS)
-    head = ("method", "R2 of pixels", f"R2 of pixels, {RANDOM}", f"R2, {PCA} to as many numbers", "linear, %",
-            f"linear, {RANDOM}, %", *factors)  # fmt: skip
-    return head, [
-        (run.name, cards.text(run.name, "decoder", "pixels", "R2", ".2f"),
-         *(", ".join(f"{v:.2f}" for v in references(cards, run.name, name)) or "–" for name in (RANDOM, PCA)),
-         cards.text(run.name, "linear"), cards.text(run.name, "untrained"),
-         *(cards.text(run.name, "factor-linear", f, "R2", ".2f") for f in FACTORS))
+    head = (
+        "method",
+        "R2 of pixels",
+        f"R2 of pixels, {RANDOM}",
+        f"R2, {PCA} to as many numbers",
+        "linear, %",
+        f"linear, {RANDOM}, %",
+        *factors,
+    )
+    rows = [
+        (
+            run.name,
+            cards.text(run.name, "decoder", "pixels", "R2", ".2f"),
+            *(", ".join(f"{v:.2f}" for v in references(cards, run.name, name)) or "–" for name in (RANDOM, PCA)),
+            cards.text(run.name, "linear"),
+            cards.text(run.name, "untrained"),
+            *(cards.text(run.name, "factor-linear", f, "R2", ".2f") for f in FACTORS),
+        )
         for run in RUNS
-    ]  # fmt: skip
+    ]
+    return [Table(head, rows)]
 
 
 RUNS = tuple(Run(method, method, SMALL, baselines=method == METHODS[0]) for method in METHODS)
@@ -134,16 +162,7 @@ STUDY = Study(
     question="What of an image can be drawn from each method's features after ten epochs, and what has been forgotten?",
     runs=RUNS,
     draw=draw,
-    rows=rows,
-    answer="Nine of the twelve give back the background and a blot of the shape's colour, some (MAE, AMDIM) near its "
-    "place: R2 of pixels 0.75 to 0.88, which untrained networks nearly have (0.69 to 0.82) and PCA to as many numbers "
-    "exceeds (0.95 or more). Training adds pixels in MAE (0.77 to 0.88) and Barlow Twins (0.77 to 0.82); only SimCLR "
-    "gives them up for the shape (0.77 to 0.61, its seeds from 0.36 to 0.76; linear probe 13 to 42 %): it knows the "
-    "place (R2 of x and y 0.85 and 0.91) and has lost the hue (0.15). Deep InfoMax (0.21) and CPC (0.52) see grey "
-    "images and had as few pixels untrained (0.20, 0.48); Deep InfoMax draws shape, size and place all the same "
-    "(linear probe 63 %, untrained 45).",
-    full="Samples instead of averages need a conditional diffusion model (RCDM, arXiv:2112.09164), which showed that "
-    "ImageNet features keep much of an image before the projector and little after it.",
+    tables=tables,
     protocols=("linear", "metrics", "factors", "rotation"),
     measure=measure,
     after=draw_sheet,

@@ -5,17 +5,24 @@ from statistics import fmean, stdev
 
 from matplotlib.axes import Axes
 
-from eval.figures import GREY
-from eval.report import PALETTE
+from common.html import PALETTE
+from eval.figures import GRAY
 
-from .study import Cards
+from .cards import Cards
 
-BASELINES = {"raw pixels": GREY, "random init": "#b8860b"}
+BASELINES = {"raw pixels": GRAY, "random init": "#b8860b"}
 
 
-def points(ax: Axes, places: Sequence[float], values: Sequence[Sequence[float]], *, color: str, label: str = "",
-           line: bool = True) -> None:  # fmt: skip
-    """Mean over seeds with its standard deviation, every seed as a faint dot; a place without values is left out."""
+def points(
+    ax: Axes,
+    places: Sequence[float],
+    values: Sequence[Sequence[float]],
+    *,
+    color: str,
+    label: str = "",
+    line: bool = True,
+) -> None:
+    """Mean over seeds with its standard deviation, every seed as a faint dot; a position without values is left out."""
     shown = [(place, found) for place, found in zip(places, values, strict=True) if found]
     for place, found in shown:
         ax.plot([place] * len(found), found, ".", color=color, alpha=0.4, markersize=4)
@@ -23,8 +30,16 @@ def points(ax: Axes, places: Sequence[float], values: Sequence[Sequence[float]],
         means = [fmean(found) for _, found in shown]
         spread = [stdev(found) if len(found) > 1 else 0.0 for _, found in shown]
         style = "-" if line else "none"
-        ax.errorbar([p for p, _ in shown], means, yerr=spread, color=color, marker="o", linestyle=style, capsize=2.5,
-                    label=label or None)  # fmt: skip
+        ax.errorbar(
+            [p for p, _ in shown],
+            means,
+            yerr=spread,
+            color=color,
+            marker="o",
+            linestyle=style,
+            capsize=2.5,
+            label=label or None,
+        )
 
 
 def baseline_lines(ax: Axes, cards: Cards, protocol: str, target: str = "label", metric: str = "") -> None:
@@ -32,8 +47,16 @@ def baseline_lines(ax: Axes, cards: Cards, protocol: str, target: str = "label",
         ax.axhline(value, color=BASELINES.get(name, PALETTE[3]), linestyle="--", linewidth=1.1, label=name)
 
 
-def matrix(ax: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], *,
-           low: float, high: float, form: str = "{:.0f}") -> None:  # fmt: skip
+def matrix(
+    ax: Axes,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    low: float,
+    high: float,
+    form: str = "{:.0f}",
+) -> None:
     """A heat map with its numbers; None stays white."""
     drawn = [[float("nan") if v is None else v for v in row] for row in values]
     ax.imshow(drawn, cmap="YlGnBu", vmin=low, vmax=high, aspect="auto")
@@ -45,8 +68,9 @@ def matrix(ax: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequen
         for j, value in enumerate(row):
             if value is not None:
                 dark = (value - low) / (high - low) > 0.6
-                ax.text(j, i, form.format(value), ha="center", va="center", color="white" if dark else "#1e2429",
-                        fontsize=8)  # fmt: skip
+                ax.text(
+                    j, i, form.format(value), ha="center", va="center", color="white" if dark else "#1e2429", fontsize=8
+                )
 
 
 def legend(ax: Axes, **options) -> None:

@@ -8,11 +8,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.html import PALETTE
 from common.rng import generator
-from eval.figures import GREY, styled
-from eval.report import PALETTE
+from eval.figures import GRAY, styled
 
-from .study import Cards, Study, settings
+from .cards import Cards
+from .study import Study, Table, settings
 
 # name -> (its row of a card, what is said to be better, a number that is then higher)
 MEASURES: dict[str, tuple[tuple[str, str, str], str, Callable[[float], float]]] = {
@@ -93,16 +94,18 @@ def draw(cards: Cards) -> Figure:
                 continue
             ax.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=color, label=study, alpha=0.7)
         found = correlation(cards, name)
-        told = "" if found is None else "\n{:.2f} [{:.2f}, {:.2f}]".format(*found)
-        ax.set_title(f"{name}{told}", fontsize=9)
-    axes[0].set_ylabel("linear probe, %", color=GREY)
+        interval = "" if found is None else "\n{:.2f} [{:.2f}, {:.2f}]".format(*found)
+        ax.set_title(f"{name}{interval}", fontsize=9)
+    axes[0].set_ylabel("linear probe, %", color=GRAY)
     axes[1].legend(fontsize=7)
-    told = "above each: Spearman's correlation with the linear probe, 95 % interval, over the runs that have all five"
-    figure.supxlabel(told, fontsize=8, color=GREY)
+    caption = (
+        "above each: Spearman's correlation with the linear probe, 95 % interval, over the runs that have all five"
+    )
+    figure.supxlabel(caption, fontsize=8, color=GRAY)
     return figure
 
 
-def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
+def tables(cards: Cards) -> list[Table]:
     present = [study for study in BORROWED if any(run.startswith(f"{study}/") for run, _ in cards.cards)]
     head = ("Spearman with the linear probe, better is", "runs with all five", *present)
     found = []
@@ -112,7 +115,7 @@ def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
             value = correlation(cards, name, study)
             cells.append("too few runs" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value))
         found.append((f"{name.removesuffix(', %')}, {better}", *cells))
-    return head, found
+    return [Table(head, found)]
 
 
 STUDY = Study(
@@ -121,15 +124,6 @@ STUDY = Study(
     question="Which measure that needs no labels ranks runs as the linear probe does?",
     runs=(),
     draw=draw,
-    rows=rows,
-    answer="Over 63 settings, most of them SimCLR, rotation prediction is the one measure that ranks runs as the "
-    "linear probe does (0.84 [0.74, 0.90]), although no run gets more than 32 % of the turns right (chance 25). These "
-    "data favour it: where a shape shows which way is up, to know the shape is to know the turn; and among the "
-    "collapsed ViTs it says nothing (-0.05). The other four change their sign from study to study (RankMe from -0.78 "
-    "over augmentations to 0.46 over the methods' own runs), and alignment mostly points the wrong way (-0.60): "
-    "features that hardly move under a crop belong to the runs that learnt least.",
-    full="RankMe (arXiv:2210.02885) was shown on ImageNet networks with 2048 features, over the hyperparameters of "
-    "one method at a time, alpha-ReQ (Agrawal et al. 2022) over methods and architectures; 64 features leave a "
-    "spectrum little room. Photographs have an upright that does not come from their label.",
+    tables=tables,
     borrows=BORROWED,
 )

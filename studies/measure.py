@@ -1,29 +1,27 @@
 """What a study measures of a finished run besides its evaluation; the rows go into the run's card.
 
-    python -m studies.measure projector runs/study-projector/simclr-2-seed0
+python -m studies.measure projector runs/study-projector/simclr-2-seed0
 """
 
-import json
 import sys
 from pathlib import Path
 
-from common.cli import guarded
+from common.cli import run_cli
 from common.errors import UserError
-from common.files import write_whole
-from eval.protocols import merge_rows
+from eval.card import FILE, merge_rows, read_card, save_card
 
 from . import STUDIES
-from .study import Study, finished_card, measured_by
+from .study import Study, measured_by
 
 
 def measure(study: Study, directory: Path) -> None:
     """Raises UserError where the study measures nothing, or the run is not finished."""
     if study.measure is None:
         raise UserError(f"{study.name} measures nothing besides the evaluation")
-    card = finished_card(directory)
+    card = read_card(directory / FILE)
     card["evaluations"] = merge_rows(card["evaluations"], study.measure(directory, card))
     card["measured"] = [measured_by(study)]
-    write_whole(directory / "result.json", json.dumps(card, indent=1) + "\n")
+    save_card(directory / FILE, card)
 
 
 def main() -> None:
@@ -33,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

@@ -1,58 +1,29 @@
-"""Figure, table and page of the studies: `studies/results/NAME/` and `studies/README.md`."""
+"""Figure and tables of the studies in `studies/results/NAME/`, and their page, `studies/README.md` between its markers.
 
-import json
+The answers are in `studies/NAME.md`, written by people.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_atomic
+from eval.card import read_card
 
-from .study import Cards, Study, collect, differing, folder, items, read_cards, write_cards
+from .cards import Cards, read_cards, write_cards
+from .study import Study, Table, collect, differing, folder, items
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 METHODS = "methods"  # in `Study.borrows`: the cards in methods/*/results
-HEAD = """# Studies
-
-Questions that decide whether self-supervised learning works in practice, each answered by one small study: a table of
-runs of the methods in `methods/`, three seeds, one figure. A study trains nothing by itself: every run is one command,
-or two, that `python -m studies NAME --plan` prints.
-
-    python -m studies                    # the studies, and how far each is
-    make study NAME=augmentation         # run what is not done, draw the figure; stop it and go on at will
-    python -m studies augmentation --from-cards          # the figure again, from the committed cards
-
-Runs are small on purpose (5,000 `shapes`, ten epochs, a ResNet of 4 MMAC, about a minute each on a core), so that a
-study takes two cores half an hour (`decoder`, with twelve methods, three quarters). Numbers are means over seeds with
-their standard deviation (in curves the bar; faint dots are the seeds): with three of them a difference of one deviation
-is no finding. What is known of full size stands under each study.
-
-Words: *linear* and *kNN (20, .07)* are the probes of `python -m eval` on frozen features: which of ten shapes an image
-shows, chance 10 %. *R2* of a factor (hue, place, size ...): how much of it a linear probe reads, 1 all, 0 nothing.
-*RankMe*: how many directions the features use, of 64. *Random init*, or random weights: the same network untrained.
-
-Out of scope: beam search, video, GANs, restricted Boltzmann machines.
-"""
-TAIL = """## A study of your own
-
-Copy the file whose question is nearest, name its `STUDY` in `studies/__init__.py`, and look at `python -m studies NAME
---plan`. A study is
-
-- `runs`: `Run(name, method, fields, preset)`, where `fields` are the method's own (`{**SMALL, "temperature": 0.5}`);
-  one run with `baselines=True` brings raw pixels and random weights;
-- `draw(cards)`, the figure, and `rows(cards)`, the table: `cards.values(run, protocol, target, metric)` has the value
-  of every seed, `cards.text(...)` mean and deviation. Both must cope with missing cards, since a queue may stop early;
-- if needed `protocols` (what a run is scored by), `measure` (more rows for a card, from its run), `after` (a picture
-  that needs the runs themselves), `borrows` (cards of other studies), `may_diverge`;
-- `answer`, written last, from the table, and `full`: what would change at full size.
-
-`python -m studies NAME --publish` puts cards, figure and table under `studies/results/NAME` and writes this page; do it
-again after a change of `answer`. `tests/test_studies.py` checks that cards, tables and page agree.
-"""
+BEGIN, END = "<!-- studies:begin -->", "<!-- studies:end -->"
 
 
 def write_results(study: Study, place: Path, cards: Cards, *, local: bool = False) -> None:
-    """`figure.png` and `table.md` in `place`; `local`: with what needs the runs themselves, and other studies' cards in
-    runs/ before the committed ones. Raises UserError where there is no card yet."""
+    """`figure.webp` and `table.md` in `place`. Raises UserError where there is no card yet.
+
+    local: with what needs the runs themselves, and other studies' cards in runs/ before the committed ones.
+    """
     shown = with_borrowed(study, cards, local=local)
     if not len(shown):
         first = study.borrows[0] if study.borrows else study.name
@@ -60,8 +31,8 @@ def write_results(study: Study, place: Path, cards: Cards, *, local: bool = Fals
     place.mkdir(parents=True, exist_ok=True)
     if local and study.after is not None:
         study.after(place, cards)
-    study.draw(shown).savefig(place / "figure.png", dpi=110)
-    write_whole(place / "table.md", table(study, shown))
+    study.draw(shown).savefig(place / "figure.webp", dpi=110, pil_kwargs={"lossless": True})
+    write_atomic(place / "table.md", tables_text(study, shown))
 
 
 def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
@@ -73,7 +44,7 @@ def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
     for name in study.borrows:
         if name == METHODS:
             for path in sorted(HERE.parent.glob("methods/*/results/*.json")):
-                card = json.loads(path.read_text())
+                card = read_card(path)
                 if card["data"]["name"] == "shapes":
                     found[f"{METHODS}/{card['method']}-{card['preset']}", card["seed"]] = card
             continue
@@ -82,11 +53,15 @@ def with_borrowed(study: Study, cards: Cards, *, local: bool = False) -> Cards:
     return Cards(found)
 
 
-def table(study: Study, cards: Cards) -> str:
-    head, rows = study.rows(cards)
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
-    return "\n".join(lines) + "\n" + baseline_line(study, cards)
+def tables_text(study: Study, cards: Cards) -> str:
+    return "\n".join(map(markdown, study.tables(cards))) + baseline_line(study, cards)
+
+
+def markdown(table: Table) -> str:
+    """The table with its title above, numbers to the right."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (table.head, *table.rows)]
+    lines.insert(1, "|---|" + "---:|" * (len(table.head) - 1))
+    return "\n".join([*([table.title, ""] if table.title else []), *lines]) + "\n"
 
 
 def baseline_line(study: Study, cards: Cards) -> str:
@@ -97,8 +72,8 @@ def baseline_line(study: Study, cards: Cards) -> str:
     for protocol, label in (("linear", "linear"), ("knn-20-0.07", "kNN (20, .07)")):
         for name, value in own.baselines(protocol).items():
             found.setdefault(name, []).append(f"{label} {value:.1f}")
-    told = "; ".join(f"{name}: {', '.join(values)}" for name, values in found.items())
-    return f"\nBaselines of the run {first}, %: {told}.\n" if told else ""
+    text = "; ".join(f"{name}: {', '.join(values)}" for name, values in found.items())
+    return f"\nBaselines of the run {first}, %: {text}.\n" if text else ""
 
 
 def committed(name: str) -> Path:
@@ -120,13 +95,18 @@ def publish(study: Study, out: Path | None) -> Path:
     place = RESULTS / study.name
     place.mkdir(parents=True, exist_ok=True)
     runs = {run.name: run for run in study.runs}
-    kept = {(name, seed): card for (name, seed), card in committed_cards(study.name).cards.items()
-            if name in runs and seed in study.seeds and not differing(runs[name], seed, card)}  # fmt: skip
+    kept = {
+        (name, seed): card
+        for (name, seed), card in committed_cards(study.name).cards.items()
+        if name in runs and seed in study.seeds and not differing(runs[name], seed, card)
+    }
     cards = Cards({**kept, **collect(study, out).cards})
     write_results(study, place, cards)
+    if study.abridge is not None:
+        cards = Cards({key: study.abridge(card) for key, card in cards.cards.items()})
     write_cards(place / "cards.jsonl", cards)
-    for extra in folder(study, out).glob("*.png"):
-        if extra.name != "figure.png":
+    for extra in folder(study, out).glob("*.webp"):
+        if extra.name != "figure.webp":
             (place / extra.name).write_bytes(extra.read_bytes())
     for other in STUDIES.values():
         if study.name in other.borrows and committed(other.name).exists():
@@ -138,29 +118,42 @@ def publish(study: Study, out: Path | None) -> Path:
 def write_page() -> None:
     from . import STUDIES
 
-    write_whole(HERE / "README.md", page(STUDIES.values()))
+    write_atomic(HERE / "README.md", page(STUDIES.values()))
 
 
-def page(studies) -> str:
-    """The page, from what stands in `studies/results`."""
-    parts = [HEAD]
-    for study in studies:
-        place = RESULTS / study.name
-        parts.append(f"## {study.title}\n\n**{study.question}**\n")
-        if not (place / "cards.jsonl").exists():
-            parts.append(f"Not run yet: `make study NAME={study.name}`.\n")
-            continue
-        cards = read_cards(place / "cards.jsonl")
-        seeds = ", ".join(map(str, cards.seeds))
-        link = f"[cards.jsonl](results/{study.name}/cards.jsonl)"
-        origin = f"{len(cards)} of {len(items(study))} runs, seeds {seeds}; cards in {link}"
-        if not study.runs:
-            others = ", ".join(name for name in study.borrows if name != METHODS)
-            origin = f"No runs of its own: the cards of the studies {others}, and those of `methods/*/results`"
-        figures = ["figure.png", *sorted(p.name for p in place.glob("*.png") if p.name != "figure.png")]
-        pictures = "\n".join(f"![{study.title}](results/{study.name}/{name})" for name in figures)
-        parts.append(f"{study.answer}\n\n{pictures}\n\n{origin}; again with "
-                     f"`make study NAME={study.name}`. At full size: {study.full}\n")
-        body = (place / "table.md").read_text()
-        parts.append(f"<details><summary>All numbers</summary>\n\n{body}\n</details>\n")
-    return "\n".join([*parts, TAIL])
+def page(studies: Iterable[Study]) -> str:
+    """The page: what is written there outside of the markers, and between them a section for each study."""
+    before, found, rest = (HERE / "README.md").read_text(encoding="utf-8").partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not found or not found_end:
+        raise UserError(f"{HERE / 'README.md'} has no lines {BEGIN} and {END}")
+    return "\n".join([before + BEGIN + "\n", *map(section, studies), END + after])
+
+
+def section(study: Study) -> str:
+    place = RESULTS / study.name
+    head = f"## {study.title}\n\n**{study.question}**\n"
+    if not (place / "cards.jsonl").exists():
+        return f"{head}\nNot run yet: `make study NAME={study.name}`.\n"
+    cards = read_cards(place / "cards.jsonl")
+    seeds = ", ".join(map(str, cards.seeds))
+    link = f"[cards.jsonl](results/{study.name}/cards.jsonl)"
+    origin = f"{len(cards)} of {len(items(study))} runs, seeds {seeds}; cards in {link}"
+    if not study.runs:
+        others = ", ".join(name for name in study.borrows if name != METHODS)
+        origin = f"No runs of its own: the cards of the studies {others}, and those of `methods/*/results`"
+    figures = ["figure.webp", *sorted(p.name for p in place.glob("*.webp") if p.name != "figure.webp")]
+    pictures = "\n".join(f"![{study.title}](results/{study.name}/{name})" for name in figures)
+    tables = (
+        f"<details><summary>All numbers</summary>\n\n{(place / 'table.md').read_text(encoding='utf-8')}\n</details>\n"
+    )
+    again = f"again with `make study NAME={study.name}`"
+    return f"{head}\n{answer(study)}\n\n{pictures}\n\n{origin}; {again}.\n\n{tables}"
+
+
+def answer(study: Study) -> str:
+    """What the numbers say, and what they cannot say. Raises UserError where it is not written yet."""
+    path = HERE / f"{study.name}.md"
+    if not path.is_file():
+        raise UserError(f"{study.name} has cards but no answer: write {path.name} next to the study")
+    return path.read_text(encoding="utf-8").strip()

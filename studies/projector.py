@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.data import open_data
 from common.errors import UserError
+from common.html import PALETTE
 from eval.features import extract_features
 from eval.figures import styled
 from eval.linear import linear_probe
 from eval.load import load
 from eval.metrics import rankme
-from eval.report import PALETTE
 
+from .cards import Cards
 from .figures import baseline_lines, legend, points
-from .study import SMALL, Cards, Run, Study
+from .study import SMALL, Run, Study, Table
 
 DEPTHS = ("none", "linear", "2", "3")
 METHODS = ("simclr", "barlow", "byol")
@@ -41,7 +42,7 @@ def of_width(method: str, width: int) -> Run:
     return Run(f"{method}-2-wide{width}", method, {**SMALL, **head})
 
 
-SUBVECTOR = Run("simclr-subvector", "simclr", {**SMALL, "projector_layers": 0, "subvector": 16})
+SUBVECTOR = Run("simclr-subvector", "simclr_variants", SMALL, "directclr")
 RUNS = (
     *(of_depth(method, depth) for method in METHODS for depth in DEPTHS),
     *(of_width(method, width) for method in WIDTHS for width in WIDTHS[method] if width != 128),
@@ -90,15 +91,18 @@ def measure(directory: Path, card: dict) -> list[dict]:
     """A linear probe and RankMe after every layer of the run's projector."""
     config = card["config"]
     backbone, spec = load(directory)
-    about = dict(image_size=spec.image_size, mean=spec.mean, std=spec.std)
     train = open_data(config["data"], "train", limit=config["limit"] or None, image_size=spec.image_size)
     test = open_data(config["data"], "test", image_size=spec.image_size)
-    x, test_x = (extract_features(backbone, store, **about) for store in (train, test))
+    x, test_x = (
+        extract_features(backbone, store, image_size=spec.image_size, mean=spec.mean, std=spec.std)
+        for store in (train, test)
+    )
     rows = []
     for layer, leading in layers_of(trained_projector(directory, card["method"])):
         z, test_z = through(leading, x), through(leading, test_x)
-        labels = dict(num_classes=len(train.class_names), seed=card["seed"])
-        probe = linear_probe(z, train.labels, test_z, test.labels, **labels)
+        probe = linear_probe(
+            z, train.labels, test_z, test.labels, num_classes=len(train.class_names), seed=card["seed"]
+        )
         row = {"target": layer, "settings": {"dimensions": z.shape[1]}, "baselines": {}}
         text = f"As linear, on the projector's layer {layer!r}, {z.shape[1]} numbers."
         rows.append({**row, "protocol": "guillotine", "metric": "top-1", "value": probe.accuracy, "text": text})
@@ -139,14 +143,20 @@ def draw(cards: Cards) -> Figure:
     return figure
 
 
-def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
+def tables(cards: Cards) -> list[Table]:
     head = ("run", "linear, %", "RankMe", "linear on the output, %", "RankMe of it", "kNN (20, .07), %")
-    return head, [
-        (run.name, cards.text(run.name, "linear"), cards.text(run.name, "label-free", "features", "RankMe"),
-         cards.text(run.name, "guillotine", "output", "top-1"), cards.text(run.name, "guillotine", "output", "RankMe"),
-         cards.text(run.name, "knn-20-0.07"))
+    rows = [
+        (
+            run.name,
+            cards.text(run.name, "linear"),
+            cards.text(run.name, "label-free", "features", "RankMe"),
+            cards.text(run.name, "guillotine", "output", "top-1"),
+            cards.text(run.name, "guillotine", "output", "RankMe"),
+            cards.text(run.name, "knn-20-0.07"),
+        )
         for run in RUNS
-    ]  # fmt: skip
+    ]
+    return [Table(head, rows)]
 
 
 STUDY = Study(
@@ -155,16 +165,6 @@ STUDY = Study(
     question="Does the method need a projector, how deep and how wide, and after which layer should features be taken?",
     runs=RUNS,
     draw=draw,
-    rows=rows,
-    answer="SimCLR needs one: 26 % without, 73 % with a linear projector. In these 390 steps every further layer "
-    "costs (42 % with two, 23 % with three), and an output of 16 numbers is too narrow (25 %; 128: 42, 512: 52 with a "
-    "spread of 16); a loss on 16 of the 64 features without a projector (22 %) is no better than one on all. Features "
-    "are best taken before a projector of two or three layers: a probe of its output reads 2 to 6 points less in all "
-    "ten settings that have one. Barlow Twins and BYOL have hardly begun after ten epochs (25 and 17 % at most, "
-    "random weights 12), so their curves say little. RankMe is highest for the best run (18), and does not follow the "
-    "probe among the others.",
-    full="On ImageNet SimCLR gains more than 10 points from a projector (SimCLR, figure 8), DirectCLR without one "
-    "beats the linear one (arXiv:2110.09348), and Barlow Twins wants it as wide as 8192 (its figure 4), which a "
-    "network of 64 features cannot show.",
+    tables=tables,
     measure=measure,
 )

@@ -4,11 +4,12 @@ import math
 
 from matplotlib.figure import Figure
 
+from common.html import PALETTE
 from eval.figures import styled
-from eval.report import PALETTE
 
+from .cards import Cards
 from .figures import baseline_lines, legend, points
-from .study import SMALL, Cards, Run, Study
+from .study import SMALL, Run, Study, Table
 
 BATCHES = (32, 128, 512)
 TEMPERATURES = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -38,15 +39,26 @@ def of_batch(rule: str, batch: int) -> str:
 def draw(cards: Cards) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     simclr_ax, others, temperature = figure.subplots(1, 3)
-    for (rule, label), color in zip((("simclr-linear", "rate x B"), ("simclr-sqrt", "rate x sqrt B")), PALETTE,
-                                    strict=False):  # fmt: skip
+    for (rule, label), color in zip(
+        (("simclr-linear", "rate x B"), ("simclr-sqrt", "rate x sqrt B")), PALETTE, strict=False
+    ):
         values = [cards.values(of_batch(rule, b), "linear") for b in BATCHES]
         points(simclr_ax, range(3), values, color=color, label=label)
-    points(simclr_ax, [2.15], [cards.values("simclr-cached-512", "linear")], color=PALETTE[2],
-           label=f"cached, {MICRO} at once")  # fmt: skip
+    points(
+        simclr_ax,
+        [2.15],
+        [cards.values("simclr-cached-512", "linear")],
+        color=PALETTE[2],
+        label=f"cached, {MICRO} at once",
+    )
     for method, color in (("barlow", PALETTE[3]), ("byol", PALETTE[4])):
-        points(others, range(3), [cards.values(f"{method}-linear-{b}", "linear") for b in BATCHES], color=color,
-               label=method)  # fmt: skip
+        points(
+            others,
+            range(3),
+            [cards.values(f"{method}-linear-{b}", "linear") for b in BATCHES],
+            color=color,
+            label=method,
+        )
     names = ["simclr-linear-128" if t == 0.2 else f"simclr-temperature-{t:g}" for t in TEMPERATURES]
     points(temperature, range(len(names)), [cards.values(n, "linear") for n in names], color=PALETTE[0])
     for ax, title in ((simclr_ax, "SimCLR: linear probe, %"), (others, "Barlow Twins, BYOL: linear probe, %")):
@@ -60,13 +72,18 @@ def draw(cards: Cards) -> Figure:
     return figure
 
 
-def rows(cards: Cards) -> tuple[tuple[str, ...], list[tuple]]:
+def tables(cards: Cards) -> list[Table]:
     head = ("run", "linear, %", "kNN (20, .07), %", "RankMe")
-    return head, [
-        (run.name, cards.text(run.name, "linear"), cards.text(run.name, "knn-20-0.07"),
-         cards.text(run.name, "label-free", "features", "RankMe"))
+    rows = [
+        (
+            run.name,
+            cards.text(run.name, "linear"),
+            cards.text(run.name, "knn-20-0.07"),
+            cards.text(run.name, "label-free", "features", "RankMe"),
+        )
         for run in RUNS
-    ]  # fmt: skip
+    ]
+    return [Table(head, rows)]
 
 
 STUDY = Study(
@@ -76,14 +93,5 @@ STUDY = Study(
     "temperature do; and does gradient caching give the large batch's result?",
     runs=RUNS,
     draw=draw,
-    rows=rows,
-    answer="Ten epochs of 5,000 images are few steps, and SimCLR's seeds lie far apart (40 to 70 % at temperature "
-    "0.1), which hides much. What stands out: with the square-root rule batches of 32 (50 %) and 128 (42) cannot be "
-    "told apart and 512 (26), a sixteenth of the steps of 32, is worse; at 32 it beats the linear rule (32 %), which "
-    "has half its rate there, in all three seeds. Temperatures of 0.05 to 0.2 (42 to 53 %) cannot be told apart, 0.5 "
-    "and 1 are worse (24 and 25 %). At 512 the two rules (31 and 26 %) and gradient caching (43 %) overlap; caching "
-    "has the very same loss, but BatchNorm sees 64 images at a time (with GroupNorm both agree to 1e-10, "
-    "`tests/test_simclr.py`). Barlow Twins (23 to 25 %) and BYOL (14 to 18 %) have hardly begun at any batch.",
-    full="steps are not scarce there: after 1000 epochs SimCLR's batches of 256 to 8192 come close to one "
-    "another, and large ones help short training (SimCLR, figure 9; with the square-root rule less, Table B.1).",
+    tables=tables,
 )

@@ -3,9 +3,10 @@
 A study's file names its runs and draws its figure; everything else is here. A run is one command,
 `python -m methods.METHOD.train PRESET --field value ...`, in a directory of its own, seed after seed, so that a queue
 that is stopped early has all runs at fewer seeds. The same command skips finished cards and continues an unfinished
-run from its checkpoint.
+run from its checkpoint. Nothing outlives a queue, and two of them never share a folder.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -15,27 +16,40 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from common.config import RESUMABLE_FIELDS
 from common.errors import UserError
-from common.files import rounded, write_whole
-from common.run import FREE_FIELDS
-from eval.report import duration
+from common.files import rounded, write_atomic
+from common.html import duration
+from common.sources import GENERATED
+from eval.card import FILE
+
+from .cards import Cards
 
 PROTOCOLS = ("knn", "linear", "metrics", "factors", "rotation")
-"""What every run is scored by, unless its study says otherwise."""
+"""What every run is scored by, unless its study has its own list."""
 ROWS = {"knn": "knn-", "metrics": "label-free", "factors": "factor-"}
 """How the names of a protocol's rows begin, where it is not the protocol's name."""
 METHODS_FOLDER = Path(__file__).parents[1] / "methods"
 MOST_JOBS = 8  # at a time, unless asked for: each holds the data and a network
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+# On Linux a run ends with its queue, even if that is killed by SIGKILL: the kernel then sends the run SIGTERM (option 1
+# of prctl, PR_SET_PDEATHSIG, lasts through exec).
+END_WITH_QUEUE = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the queue has ended")
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
+"""
 SMALL: dict[str, object] = {"limit": 5000, "batch_size": 128, "epochs": 10, "knn_every": 0}
 """The small size: 5,000 shapes, 390 steps, about a minute a run on one core. A run's own fields override these."""
 
@@ -47,7 +61,7 @@ class Run:
     name: str
     method: str
     fields: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    preset: str = "quickstart"
+    preset: str = "shapes"
     baselines: bool = False
     """Score raw pixels and random weights beside this run: one run is enough where all have the same network."""
 
@@ -76,91 +90,67 @@ class Run:
         return words
 
 
-@dataclass(frozen=True)
-class Study:
-    """A question and how it is answered. `draw(cards)` is the figure, `rows(cards)` (head, rows) of the table."""
+class Table(NamedTuple):
+    head: tuple[str, ...]
+    rows: Sequence[tuple]
+    title: str = ""
+    """A line above the table, in markdown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """What a `Queue` works off: runs, their seeds, and what each is scored by."""
 
     name: str
-    title: str
-    question: str
     runs: tuple[Run, ...]
-    draw: Callable[["Cards"], Figure]
-    rows: Callable[["Cards"], tuple[tuple[str, ...], list[tuple]]]
-    answer: str
-    """A few sentences, written after the runs: what the numbers say, and what they cannot say."""
-    full: str
-    """What would change at full size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     protocols: tuple[str, ...] = PROTOCOLS
+    """What every run is scored by; none: the method's own evaluation."""
     measure: Callable[[Path, dict], list[dict]] | None = None
     """Called with the directory and the card of each finished run (`studies/measure.py`): more rows for the card."""
-    borrows: tuple[str, ...] = ()
-    """Other studies whose cards this one reads too, under the name STUDY/RUN; "methods": the methods' own cards."""
-    after: Callable[[Path, "Cards"], None] | None = None
-    """Called with the study's folder when cards have come: what needs the runs themselves and not only their cards."""
     may_diverge: bool = False
     """A run whose loss is not finite is an answer (a card without rows, "diverged": the sentence), not a failure."""
 
 
-class Cards:
-    """Result cards of a study by (run, seed)."""
+@dataclass(frozen=True, kw_only=True)
+class Study(Runs):
+    """A question and how it is answered. The answer itself, written after the runs, is in studies/NAME.md."""
 
-    def __init__(self, cards: Mapping[tuple[str, int], dict]):
-        self.cards = dict(cards)
+    title: str
+    question: str
+    draw: Callable[[Cards], Figure]
+    tables: Callable[[Cards], Sequence[Table]]
+    report: Callable[[Cards], str] | None = None
+    """An HTML page of the study's own, report.html beside the figure."""
+    borrows: tuple[str, ...] = ()
+    """Other studies whose cards this one reads too, under the name STUDY/RUN; "methods": the methods' own cards."""
+    after: Callable[[Path, Cards], None] | None = None
+    """Called with the study's folder when cards have come: what needs the runs themselves and not only their cards."""
+    abridge: Callable[[dict], dict] | None = None
+    """What of a card goes into `studies/results`, if not all of it."""
 
-    def __len__(self) -> int:
-        return len(self.cards)
 
-    @cached_property
-    def seeds(self) -> list[int]:
-        return sorted({seed for _, seed in self.cards})
+def with_data(study: Study, data: str, name: str) -> Study:
+    """The study on the same data from another source, e.g. a folder of parquet files; `name`: its name in the cards.
 
-    def baselines(self, protocol: str, target: str = "label", metric: str = "") -> dict[str, float]:
-        """name -> mean of the baseline over the cards that have it."""
-        found: dict[str, list[float]] = {}
-        for card in self.cards.values():
-            for row in card["evaluations"]:
-                if (row["protocol"], row["target"]) == (protocol, target) and metric in ("", row["metric"]):
-                    for name, value in row.get("baselines", {}).items():
-                        found.setdefault(name, []).append(value)
-        return {name: fmean(values) for name, values in found.items()}
-
-    def of(self, run: str) -> list[dict]:
-        return [self.cards[run, seed] for seed in self.seeds if (run, seed) in self.cards]
-
-    def values(self, run: str, protocol: str, target: str = "label", metric: str = "") -> list[float]:
-        """The row's value of every seed that has it."""
-        found = []
-        for card in self.of(run):
-            rows = [r for r in card["evaluations"] if (r["protocol"], r["target"]) == (protocol, target)]
-            found += [r["value"] for r in rows if metric in ("", r["metric"])]
-        return found
-
-    def text(self, run: str, protocol: str, target: str = "label", metric: str = "", form: str = ".1f") -> str:
-        """Mean and sample standard deviation over seeds, as a table shows them."""
-        values = self.values(run, protocol, target, metric)
-        if not values:
-            return "not run" if not self.of(run) else "–"
-        spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{fmean(values):z{form}}{spread}"  # z: no negative zero
+    Raises UserError where the study's data are drawn by the code.
+    """
+    if not study.runs or any(run.config(0).data in GENERATED for run in study.runs):
+        raise UserError(f"{study.name} generates its data: it takes no --data")
+    source = {"data": data, "data_name": name}
+    return dataclasses.replace(
+        study, runs=tuple(dataclasses.replace(run, fields={**run.fields, **source}) for run in study.runs)
+    )
 
 
 # ---- cards -----------------------------------------------------------------------------------------------------------
 
 
-def finished_card(directory: Path) -> dict:
-    """The card of a run directory. Raises UserError where there is none."""
-    path = directory / "result.json"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the run is not finished")
-    return json.loads(path.read_text())
-
-
-def folder(study: Study, out: Path | None) -> Path:
+def folder(study: Runs, out: Path | None) -> Path:
     return out or Path("runs") / f"study-{study.name}"
 
 
-def items(study: Study, seeds: int = 0) -> list[tuple[Run, int]]:
+def items(study: Runs, seeds: int = 0) -> list[tuple[Run, int]]:
     return [(run, seed) for seed in study.seeds[: seeds or None] for run in study.runs]
 
 
@@ -168,36 +158,36 @@ def directory_name(run: Run, seed: int) -> str:
     return f"{run.name}-seed{seed}"
 
 
-def commands(study: Study, run: Run, seed: int, out: Path | None) -> list[list[str]]:
+def commands(study: Runs, run: Run, seed: int, out: Path | None) -> list[list[str]]:
     """What follows `python -m` for one run: training with its evaluation, then what the study measures."""
     place, name = folder(study, out), directory_name(run, seed)
-    train = [*run.flags(seed), "--out", str(place), "--name", name, "--eval-protocols", *study.protocols]
-    if not run.baselines:
-        train.append("--no-eval-baselines")
+    train = [*run.flags(seed), "--out", str(place), "--name", name]
+    if study.protocols:
+        train += ["--eval-protocols", *study.protocols, *([] if run.baselines else ["--no-eval-baselines"])]
     return [train, ["studies.measure", study.name, str(place / name)]] if study.measure else [train]
 
 
-def card_of(study: Study, run: Run, seed: int, out: Path | None) -> dict | None:
+def card_of(study: Runs, run: Run, seed: int, out: Path | None) -> dict | None:
     """The finished run's card, or None: there is none, or it lacks what the study scores by. Raises UserError for a
     card of other settings under the same name."""
-    path = folder(study, out) / directory_name(run, seed) / "result.json"
+    path = folder(study, out) / directory_name(run, seed) / FILE
     if not path.exists():
         return None
-    card = json.loads(path.read_text())
+    card = json.loads(path.read_text(encoding="utf-8"))
     wrong = differing(run, seed, card)
     if wrong:
-        raise UserError(f"{path} is of other settings ({'; '.join(wrong[:4])}): remove it, or give another --out")
+        raise UserError(f"{path} has other settings ({'; '.join(wrong[:4])}): remove it, or give another --out")
     return card if "diverged" in card or scored(study, card) else None
 
 
-def scored(study: Study, card: dict) -> bool:
+def scored(study: Runs, card: dict) -> bool:
     """Whether the card has rows of all the study's protocols, and what the study measures besides."""
     names = [row["protocol"] for row in card["evaluations"]]
     found = (any(name.startswith(ROWS.get(protocol, protocol)) for name in names) for protocol in study.protocols)
     return all(found) and (study.measure is None or measured_by(study) in card.get("measured", []))
 
 
-def measured_by(study: Study) -> str:
+def measured_by(study: Runs) -> str:
     """The mark in a card that the study's own measure has been there."""
     return f"studies.{study.name}"
 
@@ -207,68 +197,86 @@ def differing(run: Run, seed: int, card: dict) -> list[str]:
     if card["method"] != run.method:
         return [f"method {card['method']}, not {run.method}"]
     wanted, had = (settings(run.method, config) for config in (dataclasses.asdict(run.config(seed)), card["config"]))
+    if wanted["data"] not in GENERATED:  # may come from any source, under any name
+        had["data"] = wanted["data"]
     return [f"{name} {had[name]}, not {value}" for name, value in wanted.items() if had[name] != value]
 
 
 def settings(method: str, config: Mapping[str, object]) -> dict[str, object]:
-    """What decides a run's numbers, as JSON has it: the config, where a field younger than a card has its default."""
-    default = importlib.import_module(f"methods.{method}.config").Config()
-    known = json.loads(json.dumps({**dataclasses.asdict(default), **config}))
-    return {name: value for name, value in known.items() if name not in FREE_FIELDS}
+    """What decides a run's numbers, as JSON has it: the config, where a field that a card lacks has its default."""
+    default = dataclasses.asdict(importlib.import_module(f"methods.{method}.config").Config())
+    known = json.loads(json.dumps({**default, **config}))
+    return {name: value for name, value in known.items() if name not in RESUMABLE_FIELDS}
 
 
-def collect(study: Study, out: Path | None) -> Cards:
+def collect(study: Runs, out: Path | None) -> Cards:
+    """The finished runs' cards, with the digits that a committed card has."""
     found = {(run.name, seed): card_of(study, run, seed, out) for run, seed in items(study)}
-    return Cards({key: card for key, card in found.items() if card is not None})
-
-
-def read_cards(path: Path) -> Cards:
-    """Cards of a committed `cards.jsonl`. Raises UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: run the study first")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return Cards({(line["run"], line["seed"]): line for line in lines})
-
-
-def write_cards(path: Path, cards: Cards) -> None:
-    """One line a card, without what all rows say alike: a row's settings and sentence are those of `python -m eval`."""
-    lines = []
-    for (run, seed), card in sorted(cards.cards.items()):
-        rows = [{k: v for k, v in row.items() if k not in ("settings", "text", "baselines") or k == "baselines" and v}
-                for row in card["evaluations"]]  # fmt: skip
-        lines.append({"run": run, **card, "seed": seed, "evaluations": rows})
-    write_whole(path, "".join(f"{json.dumps(rounded(line))}\n" for line in lines))
+    return Cards({key: rounded(card) for key, card in found.items() if card is not None})
 
 
 # ---- the queue -------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[int | None]:
+    """Hold `place`/queue.lock and yield its descriptor. Processes that inherit it hold the lock too, so it lasts as
+    long as the queue or any of its runs. Raises UserError where another queue holds it."""
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / "queue.lock"
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing is locked
+        yield None
+        return
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8").strip()
+            raise UserError(
+                f"{place} is in use by process {holder}, another queue, or by runs that it has left: "
+                "wait for them, or stop them"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file.fileno()
+
+
 class Queue:
     """Runs what is not done, `jobs` at a time, each with its share of the cores.
 
-    SIGTERM and Ctrl-C reach the runs, which save a checkpoint; the next queue continues them.
+    SIGTERM, SIGHUP and Ctrl-C end the runs, which save a checkpoint first; the next queue continues them.
     """
 
-    def __init__(self, study: Study, out: Path | None, console: Console, jobs: int = 0):
+    def __init__(self, study: Runs, out: Path | None, console: Console, jobs: int = 0):
         self.study, self.out, self.console = study, out, console
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.jobs = max(1, min(jobs or MOST_JOBS, cores))
         share = {"OMP_NUM_THREADS": str(cores // self.jobs), "OMP_WAIT_POLICY": "PASSIVE"}
         self.environment = {**os.environ, **share}
-        self.lock, self.running, self.stopped = threading.Lock(), set(), False
+        self.lock, self.running, self.stopped = threading.Lock(), set(), 0
         self.error: Exception | None = None
         self.done, self.total = 0, 0
 
     def run(self, *, seeds: int = 0, limit: int = 0) -> None:
-        """Raises UserError where a run fails; no other is begun then."""
+        """Raises UserError where a run fails (no other is begun then), or where another queue is at work in the same
+        folder; SystemExit with 128 plus its number after a signal."""
+        with locked(folder(self.study, self.out)) as self.lock_file:
+            self._run(seeds, limit)
+
+    def _run(self, seeds: int, limit: int) -> None:
         every = items(self.study, seeds)
         waiting = [item for item in every if card_of(self.study, *item, self.out) is None]
         place = folder(self.study, self.out)
-        self.console.print(f"{self.study.name}: {len(every)} runs, {len(every) - len(waiting)} done, in {place}",
-                           markup=False)  # fmt: skip
+        self.console.print(
+            f"{self.study.name}: {len(every)} runs, {len(every) - len(waiting)} done, in {place}", markup=False
+        )
         waiting = waiting[: limit or None]
         self.done, self.total, self.start = 0, len(waiting), time.perf_counter()
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores one
+        previous = {number: signal.signal(number, self._stop) for number in heard}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 list(pool.map(self._work, waiting))
@@ -277,12 +285,12 @@ class Queue:
                 signal.signal(number, handler)
         if self.stopped:
             self.console.print("stopped by a signal; the same command continues")
-            raise SystemExit(0)
+            raise SystemExit(128 + self.stopped)
         if self.error:
             raise self.error
 
-    def _stop(self, *_) -> None:
-        self.stopped = True
+    def _stop(self, number: int, *_) -> None:
+        self.stopped = number
         for process in list(self.running):
             process.send_signal(signal.SIGTERM)
 
@@ -301,8 +309,9 @@ class Queue:
             self.done += 1
             now = time.perf_counter()
             left = (now - self.start) / self.done * (self.total - self.done)
-            self.console.print(f"[{self.done}/{self.total}] {name}: {duration(now - began)}; {duration(left)} left",
-                               markup=False)  # fmt: skip
+            self.console.print(
+                f"[{self.done}/{self.total}] {name}: {duration(now - began)}; {duration(left)} left", markup=False
+            )
 
     def _execute(self, run: Run, seed: int) -> None:
         """Train, evaluate and measure one run, its output in NAME.log."""
@@ -313,7 +322,7 @@ class Queue:
             if self.stopped:
                 return
             if code:
-                last = ((place / f"{name}.log").read_text().splitlines() or ["no output"])[-1]
+                last = ((place / f"{name}.log").read_text(encoding="utf-8").splitlines() or ["no output"])[-1]
                 if self.study.may_diverge and code == 2 and "the loss is " in last:
                     self._write_diverged(run, seed, last.removeprefix("error: ").split(";")[0])
                     return
@@ -323,9 +332,16 @@ class Queue:
             raise UserError(f"{name} ended without a card that has all of {wanted}: see {place / f'{name}.log'}")
 
     def _call(self, words: list[str], log: Path) -> int:
-        with log.open("a") as file:
-            process = subprocess.Popen([sys.executable, "-m", *words], stdout=file, stderr=subprocess.STDOUT,
-                                       env=self.environment, start_new_session=True)  # fmt: skip
+        start = ["-c", END_WITH_QUEUE, str(os.getpid())] if sys.platform == "linux" else ["-m"]
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, *start, *words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+                **({} if self.lock_file is None else {"pass_fds": (self.lock_file,)}),
+            )
             self.running.add(process)
             if self.stopped:  # the signal came while the process was made
                 process.send_signal(signal.SIGTERM)
@@ -336,7 +352,14 @@ class Queue:
 
     def _write_diverged(self, run: Run, seed: int, sentence: str) -> None:
         config = json.loads(json.dumps(dataclasses.asdict(run.config(seed))))
-        card = {"format": 1, "method": run.method, "preset": run.preset, "seed": seed, "config": config,
-                "evaluations": [], "diverged": sentence}  # fmt: skip
-        path = folder(self.study, self.out) / directory_name(run, seed) / "result.json"
-        write_whole(path, json.dumps(card, indent=1) + "\n")
+        card = {
+            "format": 1,
+            "method": run.method,
+            "preset": run.preset,
+            "seed": seed,
+            "config": config,
+            "evaluations": [],
+            "diverged": sentence,
+        }
+        path = folder(self.study, self.out) / directory_name(run, seed) / FILE
+        write_atomic(path, json.dumps(card, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Child processes for tests: ranks of a gloo group, and whole runs that can be killed.
+"""Child processes for tests: members of a gloo group, and complete runs that can be killed.
 
 A forkserver imports torch, timm and the rest once; each child is then a fork of that clean process and starts in
 milliseconds instead of the ten seconds of a fresh interpreter.
@@ -27,7 +27,7 @@ LIMIT = 240  # seconds after which a child counts as hung
 
 
 def run_ranks(function: Callable, world_size: int, *args) -> list:
-    """Call `function(*args)` on each rank of a gloo group and return what each returned, rank 0 first."""
+    """Call `function(*args)` in each process of a gloo group and return the results in rank order."""
     with tempfile.TemporaryDirectory() as folder:
         results = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         children = []
@@ -71,7 +71,7 @@ def _rank(function: Callable, rank: int, world_size: int, folder: str, sender, a
 
 
 class Command:
-    """`python -m methods.NAME.train ARGS` (or another guarded main) as a forked child; output goes to `log`."""
+    """`python -m methods.NAME.train ARGS` (or another run_cli main) as a forked child; output goes to `log`."""
 
     def __init__(
         self, module: str, *args: object, log: Path, env: dict[str, str] | None = None, before: Callable | None = None
@@ -94,10 +94,13 @@ class Command:
 
     def kill_at(self, step: int, metrics: Path, number: signal.Signals = signal.SIGKILL) -> None:
         """Send the signal once metrics.jsonl speaks of `step` (or the child is gone)."""
-        wanted = f'"step": {step},'
+        self.kill_when(f'"step": {step},', metrics, number)
+
+    def kill_when(self, wanted: str, path: Path, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send the signal once `wanted` is in the file (or the child is gone)."""
         deadline = time.monotonic() + LIMIT
         while self.child.is_alive() and time.monotonic() < deadline:
-            if metrics.exists() and wanted in metrics.read_text():
+            if path.exists() and wanted in path.read_text():
                 break
             time.sleep(0.002)
         with contextlib.suppress(ProcessLookupError):

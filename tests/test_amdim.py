@@ -1,4 +1,4 @@
-"""AMDIM: the objective against loops, what features see, shared flips and translations, ranks, probes, schedule."""
+"""AMDIM: the objective against loops, what features see, shared flips and translations, processes, probes, schedule."""
 
 import json
 import math
@@ -9,23 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import augment
-from common.augment import View, ViewRecipe, crop_boxes
 from common.backbones import create_backbone, export_backbone, load_backbone, multiply_adds
 from common.data import open_data
 from common.distributed import rank, sync_batchnorm, world_size
 from common.errors import UserError
 from common.log import read_metrics
 from common.rng import generator
+from common.views.crop import crop_boxes
+from common.views.recipe import ViewRecipe
+from common.views.sampling import Columns
+from common.views.spec import View
 from methods.amdim import loss as losses
 from methods.amdim.augment import statistics, two_views
 from methods.amdim.config import PRESETS, Config
-from methods.amdim.loss import chance, effective_dimensions, multi_scale, nce, probe_loss
+from methods.amdim.loss import chance, draw_positions, effective_dimensions, multi_scale, nce, probe_loss
 from methods.amdim.model import AMDIM, Embedding, Encoder, Probes, Unit
-from methods.amdim.train import build, draw_places, held_out, held_out_section, learning_rate
+from methods.amdim.report import held_out, held_out_section
+from methods.amdim.train import build, compute_loss, learning_rate
 from tests.processes import run_command, run_ranks
-
-STATS = ((0.5,) * 3, (0.5,) * 3)
 
 
 def small(**changes) -> Config:
@@ -45,7 +46,7 @@ def assert_same_gradients(ours, theirs, inputs, tolerance=1e-10):
 
 
 def slow_nce(sources, targets, first, clip, penalty):
-    """One source, one place, one score at a time, as section 4 of the reference writes it."""
+    """One source, one position, one score at a time (arXiv:1906.00910, section 3)."""
     (n, width), (images, places) = sources.shape, targets.shape[:2]
     total, squares = 0.0, 0.0
     for i in range(n):
@@ -103,17 +104,17 @@ def test_chance_level_and_perfect_scores():
     _, parts = nce(eye, eye.roll(1, 0)[:, None].expand(-1, 25, -1), first=0, clip=20.0, penalty=0.0)
     assert parts["hits"] == 0
     one = torch.zeros(8, 25, 8)
-    one[:, 3] = eye  # one place is enough to find an image
+    one[:, 3] = eye  # one position is enough to find an image
     assert nce(eye, one, first=0, clip=20.0, penalty=0.0)[1]["hits"] == 1
 
 
 def test_other_places_of_the_own_image_are_no_negatives():
-    """Pitfall 3. With one image there is nothing to confuse it with, whatever its other places score."""
+    """With a single image there are no negatives, whatever its other positions score."""
     sources, targets = normal(1, 4).requires_grad_(), normal(1, 9, 4, scale=9.0)
     loss, _ = nce(sources, targets, first=0, clip=20.0, penalty=0.0)
     assert loss.detach().abs() < 1e-12 and torch.autograd.grad(loss, sources)[0].abs().max() < 1e-12
     rest = []
-    for size in (0.1, 1.0, 50.0):  # only the term of place 0 may change with the feature of place 0
+    for size in (0.1, 1.0, 50.0):  # only the term of position 0 may change with the feature of position 0
         targets = normal(2, 9, 4)
         targets[0, 0] = size
         score = 20 * torch.tanh(targets @ sources[0] / 2 / 20)
@@ -123,7 +124,7 @@ def test_other_places_of_the_own_image_are_no_negatives():
 
 
 def test_penalty_is_of_the_scores_before_clipping():
-    """Pitfall 2: where tanh is flat, the penalty still has a gradient, and it grows with the raw score."""
+    """Where tanh is flat, the penalty still has a gradient, and it grows with the raw score."""
     sources, targets = torch.full((1, 4), 100.0, requires_grad=True), torch.full((3, 2, 4), 10.0)
     raw = 100 * 10 * 4 / math.sqrt(4)  # far beyond C = 20
     loss, parts = nce(sources, targets, first=0, clip=20.0, penalty=0.05)
@@ -163,15 +164,15 @@ def test_effective_dimensions():
 
 
 def test_source_places_are_drawn_for_the_global_batch_and_both_views():
-    places = draw_places(0, 5, 4000)
-    assert places.shape == (2, 4000) and torch.equal(places, draw_places(0, 5, 4000))
-    assert not torch.equal(places[0], places[1]) and not torch.equal(places, draw_places(0, 6, 4000))
+    places = draw_positions(0, 5, 4000)
+    assert places.shape == (2, 4000) and torch.equal(places, draw_positions(0, 5, 4000))
+    assert not torch.equal(places[0], places[1]) and not torch.equal(places, draw_positions(0, 6, 4000))
     assert places.min() == 0 and places.max() == 24 and places.flatten().bincount().min() > 250
 
 
 # ---- network ---------------------------------------------------------------------------------------------------------
 
-# size: what a 7x7, a 5x5 and the 1x1 feature see, the step between neighbours, the first feature's first pixel
+# size: what a 7x7, a 5x5 and the 1x1 feature see, the step between neighbors, the first feature's first pixel
 SEEN = {32: (8, 16, 32, 4, 0), 64: (16, 32, 64, 8, 0), 128: (35, 67, 131, 16, -2)}
 
 
@@ -187,7 +188,7 @@ def alive(model: AMDIM, seed: int = 0) -> AMDIM:
 @pytest.mark.parametrize("hidden_bn", [False, True])
 def test_features_see_their_pixels_and_no_more(size, hidden_bn):
     """Every row and column outside a feature's window may change without a trace; the window's own edges may not."""
-    model = alive(build(small(image_size=size, ndf=2, hidden_bn=hidden_bn), *STATS)[0])
+    model = alive(build(small(image_size=size, ndf=2, hidden_bn=hidden_bn))[0])
     image = normal(1, 3, size, size)
     noise = normal(1, 3, size, size, seed="n")
     *windows, step, start = SEEN[size]
@@ -206,20 +207,28 @@ def test_features_see_their_pixels_and_no_more(size, hidden_bn):
 
                 before = read(image)
                 assert torch.equal(read(torch.where(inside, image, noise)), before)
-                edges = {"top": (max(top, 0), None), "bottom": (min(top + window, size) - 1, None),
-                         "left": (None, max(left, 0)), "right": (None, min(left + window, size) - 1)}  # fmt: skip
+                edges = {
+                    "top": (max(top, 0), None),
+                    "bottom": (min(top + window, size) - 1, None),
+                    "left": (None, max(left, 0)),
+                    "right": (None, min(left + window, size) - 1),
+                }
                 for y, x in edges.values():
                     changed = image.clone()
-                    edge = (slice(None), slice(None), slice(y, y + 1) if y is not None else slice(None),
-                            slice(x, x + 1) if x is not None else slice(None))  # fmt: skip
+                    edge = (
+                        slice(None),
+                        slice(None),
+                        slice(y, y + 1) if y is not None else slice(None),
+                        slice(x, x + 1) if x is not None else slice(None),
+                    )
                     changed[edge] = noise[edge]
                     assert not torch.equal(read(changed), before)
 
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_features_do_not_know_where_they_are(size):
-    """Pitfall 5: without padding a moved image gives the moved features, bit for bit of the arithmetic."""
-    model = alive(build(small(image_size=size, ndf=2), *STATS)[0])
+    """Without padding a moved image gives the moved features, bit for bit of the arithmetic."""
+    model = alive(build(small(image_size=size, ndf=2))[0])
     step = SEEN[size][3]
     wide = normal(1, 3, size, size + step)
     with torch.no_grad():
@@ -234,7 +243,7 @@ def test_features_do_not_know_where_they_are(size):
 def test_encoders_of_all_presets_have_the_tabulated_form(preset):
     cfg = PRESETS[preset][1]
     with torch.device("meta"):
-        model, spec = build(cfg, *STATS)
+        model, spec = build(cfg)
         f1, map5, map7 = model.backbone.features(torch.empty(2, 3, cfg.image_size, cfg.image_size))
     times = 4 if cfg.image_size == 32 else 8
     assert f1.shape == (2, cfg.n_rkhs) and model.backbone.num_features == cfg.n_rkhs
@@ -251,7 +260,7 @@ def test_encoders_of_all_presets_have_the_tabulated_form(preset):
 def test_large_encoder_has_the_published_number_of_parameters():
     """626 million (SimCLR's table of methods): the ImageNet encoder without its embeddings."""
     with torch.device("meta"):
-        model, _ = build(PRESETS["imagenet-128"][1], *STATS)
+        model, _ = build(PRESETS["imagenet-128"][1])
     assert round(sum(p.numel() for p in model.backbone.parameters()) / 1e6) == 626
 
 
@@ -282,7 +291,7 @@ def test_units_and_embeddings_as_stated():
 
 def test_evaluation_sees_f1_alone_and_can_rebuild_it(tmp_path):
     torch.manual_seed(0)
-    model, spec = build(small(), *STATS)
+    model, spec = build(small())
     images = torch.rand(4, 3, 32, 32)
     model.train()(images, images)  # statistics move
     model.eval()
@@ -302,17 +311,17 @@ def test_evaluation_sees_f1_alone_and_can_rebuild_it(tmp_path):
 )
 def test_impossible_encoders_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
-        build(small(**changes), *STATS)
+        build(small(**changes))
 
 
 def test_images_of_another_size_are_refused():
-    """Pitfall 5: a 96-px image in the 64-px encoder would not end in one feature."""
+    """A 96-px image in the 64-px encoder would not end in one feature."""
     with pytest.raises(UserError, match="for 64 x 64 pixels, not 96 x 96"):
         Encoder(64, 2, 16, 1)(torch.zeros(1, 3, 96, 96))
 
 
 def test_batchnorm_takes_each_view_by_itself():
-    model = build(small(), *STATS)[0].train()
+    model = build(small())[0].train()
     views = torch.rand(2, 6, 3, 32, 32)
     f1, f5, f7, _ = model(views[0], 3 * views[1] - 1)
     torch.testing.assert_close(f1.mean(1), torch.zeros(2, 16), rtol=0, atol=1e-4)
@@ -324,11 +333,14 @@ def test_batchnorm_takes_each_view_by_itself():
 # ---- views -----------------------------------------------------------------------------------------------------------
 
 
-def colourful(n: int, side: int = 32) -> torch.Tensor:
+def colorful(n: int, side: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, side, side), generator=generator("views"), dtype=torch.uint8)
 
 
-PLAIN = dict(jitter=(0.0,) * 4, jitter_p=0.0, grey=0.0, mean=(0.0,) * 3, std=(1.0,) * 3, crop_scale=(0.3, 1.0))
+def plain_views(size: int, translate: int, **changes) -> ViewRecipe:
+    """Views that only move or crop, but for `changes`; inputs in [0, 1]."""
+    plain = {"color_jitter": (0.0,) * 4, "color_jitter_prob": 0.0, "grayscale": 0.0, "normalize": "none"}
+    return two_views(small(image_size=size, translate=translate, **{**plain, **changes}))
 
 
 def slowly_moved(image, down, right):
@@ -344,10 +356,10 @@ def slowly_moved(image, down, right):
 
 @pytest.mark.parametrize("form", [dict(), dict(_form="accelerator"), dict(_crop="native"), "worker"])
 def test_translations_are_whole_pixels_with_reflected_borders(form):
-    recipe = two_views(32, translate=4, **PLAIN)
+    recipe = plain_views(32, 4)
     worker = form == "worker"
     recipe = ViewRecipe(recipe.views, shared=recipe.shared, **({} if worker else form))
-    images = colourful(24)
+    images = colorful(24)
     params = recipe.sample(24, generator("moves"))
     if worker:
         crops = [recipe.crop_one(image, params, i) for i, image in enumerate(images)]
@@ -360,15 +372,15 @@ def test_translations_are_whole_pixels_with_reflected_borders(form):
     for v, view in enumerate(views):
         for i, image in enumerate(images):
             expected = slowly_moved(image, *moves[i, v, :2].long().tolist())
-            expected = expected.flip(-1) if params["flip"][i, v] else expected
+            expected = expected.flip(-1) if params.columns.flip[i, v] else expected
             torch.testing.assert_close(view[i], expected / 255, rtol=0, atol=2e-6)
 
 
 def test_translations_are_uniform_and_happen_with_their_probability():
-    recipe = two_views(32, translate=4, **PLAIN)
+    recipe = plain_views(32, 4)
     params = recipe.sample(20_000, generator("frequencies"))
     moves = crop_boxes(params, recipe.views, 32, 32)[..., :2]
-    moved = params["translated"] > 0
+    moved = params.columns.translated > 0
     assert float(moved.float().mean()) == pytest.approx(0.8, abs=0.01)
     assert not moves[~moved].any()
     for axis in (0, 1):
@@ -378,34 +390,34 @@ def test_translations_are_uniform_and_happen_with_their_probability():
 
 
 def test_one_flip_an_image_and_all_else_apart():
-    """Pitfall 1. The flip is the first view's; every other number is drawn for each view."""
-    recipe = two_views(32, translate=0, **{**PLAIN, "jitter": (0.4,) * 4, "jitter_p": 0.8, "grey": 0.25})
+    """The flip is the first view's; every other random number is per view."""
+    recipe = plain_views(32, 0, color_jitter=(0.4,) * 4, color_jitter_prob=0.8, grayscale=0.25)
     params = recipe.sample(4000, generator("flips"))
-    assert torch.equal(params["flip"][:, 0], params["flip"][:, 1])
-    assert float(params["flip"].mean()) == pytest.approx(0.5, abs=0.03)
-    assert float(params["grey"].mean()) == pytest.approx(0.25, abs=0.02)
-    for name in ("top", "left", "brightness", "hue", "jitter", "grey", "area", "order"):
-        pair = params[name].flatten(2) if params[name].ndim > 2 else params[name][..., None]
+    assert torch.equal(params.columns.flip[:, 0], params.columns.flip[:, 1])
+    assert float(params.columns.flip.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(params.columns.grayscale.mean()) == pytest.approx(0.25, abs=0.02)
+    for name in ("top", "left", "brightness", "hue", "color_jitter_prob", "grayscale", "area", "order"):
+        column = getattr(params.columns, name)
+        pair = column if column.ndim > 2 else column[..., None]
         assert abs(float(torch.corrcoef(torch.stack((pair[:, 0, 0], pair[:, 1, 0])))[0, 1])) < 0.06, name
     free = ViewRecipe(recipe.views).sample(4000, generator("flips"))
-    rest = [i for i in range(free.values.shape[-1]) if i != augment._DRAWN["flip"]]
-    assert torch.equal(free.values[..., rest], params.values[..., rest])  # sharing changes nothing else
-    assert not torch.equal(free["flip"][:, 0], free["flip"][:, 1])
+    for name in set(Columns._fields) - {"flip"}:  # sharing changes nothing else
+        assert torch.equal(getattr(free.columns, name), getattr(params.columns, name)), name
+    assert not torch.equal(free.columns.flip[:, 0], free.columns.flip[:, 1])
     assert "the same for all views of an image: flip" in recipe.describe()
 
 
 def test_numbers_of_earlier_recipes_are_what_they_were():
     """The 33 columns that every method's results were made with come first from the stream."""
     view = View(32, flip=0.0)
-    values = ViewRecipe([view, view]).sample(6, generator("old")).values
+    columns = ViewRecipe([view, view]).sample(6, generator("old")).columns
     drawn = torch.rand(6, 2, 33, generator=generator("old"))
-    for name in ("top", "left"):
-        assert torch.equal(values[..., augment._DRAWN[name]], drawn[..., augment._DRAWN[name]])
+    assert torch.equal(columns.top, drawn[..., 20]) and torch.equal(columns.left, drawn[..., 21])
 
 
 def test_a_ranks_slice_gives_its_views():
-    recipe = two_views(32, translate=4, **{**PLAIN, "jitter": (0.4, 0.4, 0.4, 0.2), "jitter_p": 0.8, "grey": 0.25})
-    images = colourful(8)
+    recipe = plain_views(32, 4, color_jitter=(0.4, 0.4, 0.4, 0.2), color_jitter_prob=0.8, grayscale=0.25)
+    images = colorful(8)
     params = recipe.sample(8, generator("ranks"))
     whole = recipe(images, params)
     for part in (slice(0, 4), slice(4, 8)):
@@ -416,10 +428,10 @@ def test_a_ranks_slice_gives_its_views():
 def test_impossible_translations_and_shared_names_are_refused():
     with pytest.raises(UserError, match="translations by 4 px are too much for an image of 4 px"):
         recipe = ViewRecipe([View(4, translate=4)])
-        recipe(colourful(2, 4), recipe.sample(2, generator("x")))
-    with pytest.raises(UserError, match="translate must be a number of pixels from 0 on, not -1"):
+        recipe(colorful(2, 4), recipe.sample(2, generator("x")))
+    with pytest.raises(UserError, match="translate must be 0 or a positive number of pixels, not -1"):
         View(32, translate=-1)
-    with pytest.raises(UserError, match="translated is a probability"):
+    with pytest.raises(UserError, match="translated must be a probability"):
         View(32, translated=2.0)
     with pytest.raises(UserError, match="turn cannot be shared: choose from area,.* flip,"):
         ViewRecipe([View(32)], shared=("turn",))
@@ -428,26 +440,33 @@ def test_impossible_translations_and_shared_names_are_refused():
 def test_views_of_the_presets_equal_the_reference():
     cifar, stl, imagenet = (PRESETS[name][1] for name in ("cifar10", "stl10", "imagenet-128"))
     assert (cifar.translate, stl.translate, imagenet.translate) == (4, 0, 0)
-    assert cifar.jitter == stl.jitter == (0.4, 0.4, 0.4, 0.2) and imagenet.jitter == (0.4, 0.4, 0.4, 0.1)
-    assert {(c.jitter_p, c.grey, c.crop_scale) for c in (cifar, stl, imagenet)} == {(0.8, 0.25, (0.3, 1.0))}
+    assert cifar.color_jitter == stl.color_jitter == (0.4, 0.4, 0.4, 0.2) and imagenet.color_jitter == (
+        0.4,
+        0.4,
+        0.4,
+        0.1,
+    )
+    assert {(c.color_jitter_prob, c.grayscale, c.crop_scale) for c in (cifar, stl, imagenet)} == {
+        (0.8, 0.25, (0.3, 1.0))
+    }
     assert statistics(cifar.normalize)[0] == (125.3 / 255, 123.0 / 255, 113.9 / 255)
     assert statistics(cifar.normalize)[1] == (63.0 / 255, 62.1 / 255, 66.7 / 255)
     assert statistics(stl.normalize) == ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
     with pytest.raises(UserError, match="--normalize nobody"):
         statistics("nobody")
-    crop = two_views(64, translate=0, **PLAIN).views[0]
+    crop = plain_views(64, 0).views[0]
     assert (crop.ratio, crop.interpolation, crop.flip) == ((0.7, 1.4), "bicubic", 0.5)
-    assert two_views(32, translate=4, **PLAIN).views[0].translated == 0.8
+    assert plain_views(32, 4).views[0].translated == 0.8
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def gradients(dtype: torch.dtype, batch: int) -> dict[str, torch.Tensor]:
-    """Loss, gradients and BatchNorm buffers of one step on this rank's part of a fixed global batch, as train.py."""
+    """Loss, gradients and BatchNorm buffers of one step on this process's part of a fixed global batch, as train.py."""
     torch.manual_seed(0)
     cfg = small(hidden_bn=True)
-    model = build(cfg, *STATS, classes=3)[0]
+    model = build(cfg, classes=3)[0]
     for parameter in model.parameters():  # zero branches would have zero gradients behind them
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -456,13 +475,11 @@ def gradients(dtype: torch.dtype, batch: int) -> dict[str, torch.Tensor]:
     part = slice(rank() * n, (rank() + 1) * n)
     views = normal(2, batch, 3, 32, 32, seed="ranks").to(dtype)[:, part]
     noise = torch.rand(2, batch, cfg.n_rkhs + Probes.hidden, generator=generator("probes"))[:, part].flatten(0, 1)
-    labels = (torch.arange(batch) % 4 - 1)[part]  # some without a label, unequally many a rank
-    trained = sync_batchnorm(model, "cpu")
+    labels = (torch.arange(batch) % 4 - 1)[part]  # some without a label, unequally many per process
+    trained = sync_batchnorm(model)
     if world_size() > 1:
         trained = DistributedDataParallel(trained)
-    f1, f5, f7, logits = trained(*views, noise)
-    loss, _ = multi_scale(f1, f5, f7, draw_places(0, 3, batch)[:, part], clip=20.0, penalty=0.05)
-    loss = loss + probe_loss(logits, labels)[0]
+    loss, _ = compute_loss(trained, views, draw_positions(0, 3, batch)[:, part], cfg, noise, labels)
     loss.backward()
     loss = loss.detach()
     if world_size() > 1:
@@ -473,8 +490,8 @@ def gradients(dtype: torch.dtype, batch: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_rank(ranks):
-    """Global negatives through a gather with gradient, shared source places and dropout, synchronised BatchNorm."""
+def test_processes_equal_one(ranks):
+    """Global negatives through a gather with gradient, shared source positions and dropout, synchronized BatchNorm."""
     one = gradients(torch.float64, 8)
     assert all(value is not None and value.abs().max() > 0 for value in one.values()) and len(one) > 40
     # Constants added before a BatchNorm have no gradient but rounding: nothing is smaller than a millionth of the rest.
@@ -509,7 +526,7 @@ def test_probe_loss_equals_the_formula():
 
 def test_probes_do_not_touch_the_encoder_and_drop_what_they_are_told():
     torch.manual_seed(0)
-    model = build(small(), *STATS, classes=3)[0].train()
+    model = build(small(), classes=3)[0].train()
     images, noise = torch.rand(2, 4, 3, 32, 32), torch.rand(8, 16 + Probes.hidden)
     _, _, _, logits = model(*images, noise)
     probe_loss(logits, torch.tensor([0, 1, 2, -1]))[0].backward()
@@ -535,6 +552,21 @@ def test_online_probes_leave_the_encoders_training_as_it_is(tmp_path):
         lines.append([line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line])
     for before, after in zip(*lines, strict=True):
         assert before["loss"] == after["loss"] and after["online_linear"] > 0 and "online_mlp" not in before
+
+
+def test_unlabeled_images_are_trained_on_and_probes_see_the_labeled_ones(tmp_path):
+    from tests.test_data import make_parquet
+
+    data = make_parquet(tmp_path / "stl", {"train": 30, "unlabeled": 50, "test": 20}, size=32)
+    arguments = ("smoke", "--data", data, "--split", "train+unlabeled", "--epochs", 1, "--eval-protocols", "knn")
+    code, text = run_command("methods.amdim.train", *arguments, "--out", tmp_path, log=tmp_path / "log")
+    assert code == 0, text
+    record = json.loads((tmp_path / "amdim-smoke" / "config.json").read_text())["data"]
+    assert {use: part["images"] for use, part in record.items()} == {
+        "training images": 80,
+        "probed images": 30,
+        "test images": 20,
+    }
 
 
 def test_online_probes_without_labels_are_refused(tmp_path):
@@ -564,6 +596,8 @@ def test_presets_equal_the_reference():
     sizes = {name: (c.image_size, c.ndf, c.n_rkhs, c.n_depth, c.batch_size) for name, (_, c) in PRESETS.items()}
     assert sizes["cifar10"] == (32, 128, 1024, 3, 200) and sizes["cifar10-large"] == (32, 320, 1280, 10, 200)
     assert sizes["stl10"] == (64, 192, 1536, 8, 200) and sizes["imagenet-128"][:4] == (128, 320, 2560, 10)
+    # code datasets.py: STL-10's 5,000 labeled and 100,000 unlabeled images, the only data with a split of such images
+    assert {name: c.split for name, (_, c) in PRESETS.items() if c.split != "train"} == {"stl10": "train+unlabeled"}
     imagenet = PRESETS["imagenet-128"][1]
     assert (imagenet.epochs, imagenet.milestones) == (50, (30, 45))
     for cfg in (c for name, (_, c) in PRESETS.items() if name in ("cifar10", "cifar10-large", "stl10", "imagenet-128")):
@@ -571,7 +605,7 @@ def test_presets_equal_the_reference():
 
 
 def test_quickstart_is_small_enough():
-    model, _ = build(PRESETS["quickstart"][1], *STATS)
+    model, _ = build(PRESETS["quickstart"][1])
     embeddings = sum(
         p.numel() * places
         for e, places in ((model.embed5, 25), (model.embed7, 49))
@@ -584,9 +618,9 @@ def test_quickstart_is_small_enough():
 def test_held_out_images_are_read_in_eval_mode_and_cost_no_draw(tmp_path):
     cfg = small(batch_size=32)
     torch.manual_seed(0)
-    model = build(cfg, *STATS)[0].train()
+    model = build(cfg)[0].train()
     test = open_data("shapes", "test", limit=100, image_size=32, device="cpu")
-    recipe = two_views(32, translate=0, **PLAIN)
+    recipe = plain_views(32, 0)
     before = {n: b.clone() for n, b in model.named_buffers()}
     found, again = (held_out(model, test, recipe, cfg, torch.device("cpu")) for _ in range(2))
     assert found == again and (found["images"], found["batch"]) == (96, 32) and model.training

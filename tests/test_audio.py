@@ -11,9 +11,10 @@ import pytest
 import soundfile
 import torch
 
-from common.audio import GLIDES, TIMBRES, AudioStore, WindowLoader, draw_tones, log_mel, mel_filters, open_audio
 from common.errors import UserError
 from eval.linear import linear_probe
+from methods.cpc_audio.audio import GLIDES, TIMBRES, AudioStore, draw_tones, log_mel, mel_filters, open_audio
+from methods.cpc_audio.augment import WindowLoader
 
 FSDD = Path(__file__).parents[2] / "shared" / "data" / "fsdd"
 quiet = dict(log=lambda text: None)
@@ -131,9 +132,9 @@ def test_errors_name_what_is_wrong(folder, tmp_path, monkeypatch):
     assert len(open_audio(str(tmp_path / "two"), audio_column="speech", **quiet)) == 1
     fails("cannot load split 'train' of nobody/nothing from the Hugging Face hub", "nobody/nothing")
     fails("splits train and test, not 'dev'", "tones", "dev")
-    fails("drawn at 8000 Hz, not 16000", "tones", sample_rate=16000)
+    fails("synthesized at 8000 Hz, not 16000", "tones", sample_rate=16000)
     fails("it has glide, timbre", "tones", labels=("digit",))
-    fails("test split of its own", "tones", part="test")
+    fails("has a test split: nothing is held out", "tones", part="test")
 
 
 def test_hub_recordings_are_read_without_its_decoder(folder, monkeypatch):
@@ -244,7 +245,7 @@ def test_impossible_batches_are_refused():
     fails("at least 2 windows", batch_size=1)
     fails("larger than the data: made has 6", batch_size=8)
     fails("4 windows do not divide among 3 processes", batch_size=4, world_size=3)
-    fails("whole runs of 3", batch_size=4, groups=torch.zeros(6), group_size=3)
+    fails("multiple of the 3 recordings", batch_size=4, groups=torch.zeros(6), group_size=3)
     fails("no speaker has 3 recordings", batch_size=3, groups=torch.arange(6), group_size=3)
 
 

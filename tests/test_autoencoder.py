@@ -1,8 +1,7 @@
-"""Autoencoders: loss and ranks against slow versions, what is removed is not seen, reconstructions, presets, study."""
+"""Autoencoders: loss and processes against slow versions, what is removed is not seen, reconstructions, presets."""
 
-import json
+import dataclasses
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,18 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 from common.backbones import BackboneSpec, create_backbone, load_backbone, multiply_adds
 from common.data import open_data
 from common.distributed import rank, sync_batchnorm, world_size
-from common.errors import UserError
+from common.html import image_tag
 from common.log import read_metrics
 from common.optim import decay_groups
 from common.vit import vit_arguments
-from eval.report import image_tag
-from methods.autoencoder import study
 from methods.autoencoder.augment import Corruption, block_mask, one_view
 from methods.autoencoder.config import PRESETS
+from methods.autoencoder.health import health_checks
 from methods.autoencoder.loss import reconstruction_loss
-from methods.autoencoder.model import Autoencoder, Decoder
+from methods.autoencoder.model import Decoder
 from methods.autoencoder.reconstruct import levels, reconstruction_section
-from methods.autoencoder.train import health_rules
+from methods.autoencoder.train import Autoencoder, compute_loss
 from tests.processes import run_command, run_ranks
 
 TINY = dict(stem="cifar", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8, zero_init_last=False)
@@ -182,29 +180,36 @@ def test_decoder_is_lighter_than_the_encoder():
 
 def test_views_are_the_whole_image_unless_cropped():
     store = open_data("shapes", "train", limit=4, image_size=32)
-    plain = dict(flip=0.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
-    recipe = one_view(32, crop_scale=(1.0, 1.0), **plain)
+    cfg = dataclasses.replace(PRESETS["quickstart"][1], flip=0.0, normalize="none")
+    recipe = one_view(dataclasses.replace(cfg, crop_scale=(1.0, 1.0)))
     view = recipe(store.images, recipe.sample(4, torch.Generator().manual_seed(0)))[0]
     torch.testing.assert_close(view, store.images.float() / 255, atol=1e-5, rtol=0)
-    cropped = one_view(32, crop_scale=(0.3, 0.6), **plain)
+    cropped = one_view(dataclasses.replace(cfg, crop_scale=(0.3, 0.6)))
     assert not torch.allclose(cropped(store.images, cropped.sample(4, torch.Generator().manual_seed(0)))[0], view)
-    assert recipe.views[0].jitter == recipe.views[0].grey == recipe.views[0].blur == recipe.views[0].solarize == 0
+    assert (
+        recipe.views[0].color_jitter_prob
+        == recipe.views[0].grayscale
+        == recipe.views[0].blur
+        == recipe.views[0].solarize
+        == 0
+    )
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def gradients(variant: str, dtype: torch.dtype, global_batch: int) -> dict[str, Tensor]:
-    """One step on this rank's part of a fixed global batch: loss, level, gradients after DDP, running statistics."""
-    model = sync_batchnorm(tiny(latent_from="pooled" if variant == "vanilla" else "map").to(dtype).train(), "cpu")
+    """One step on this process's part of a fixed global batch: loss, level, gradients after DDP, running statistics."""
+    model = sync_batchnorm(tiny(latent_from="pooled" if variant == "vanilla" else "map").to(dtype).train())
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     n = global_batch // world_size()
     part = slice(rank() * n, (rank() + 1) * n)
     target = images(global_batch, 3, 16, 16, seed=2).to(dtype)[part]
     corruption = Corruption(variant, 16)
     drawn = corruption.draw(global_batch, 0, 7)
-    inputs, mask = corruption(target, None if drawn is None else drawn[part])
-    loss, parts = reconstruction_loss(trained(inputs)[0], target, mask)
+    loss_on = "masked" if variant == "masked" else "all"
+    drawn = None if drawn is None else drawn[part]
+    loss, parts = compute_loss(trained, target, corruption, drawn, loss_on=loss_on)
     loss.backward()
     loss = loss.detach()
     if world_size() > 1:
@@ -221,9 +226,9 @@ def both(variant: str, global_batch: int) -> dict[torch.dtype, dict[str, Tensor]
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_rank(ranks, variant):
-    """Float32 within 1e-5, or within twice what one rank's own rounding does to an ill-conditioned tensor. (A batch in
-    which some ReLU's input is 0 to rounding may differ by a percent in float32; this one has none.)"""
+def test_processes_equal_one(ranks, variant):
+    """Float32 within 1e-5, or within twice one process's rounding error on an ill-conditioned tensor. (A batch in which
+    some ReLU's input is 0 up to rounding may differ by a percent in float32; this one has none.)"""
     one = both(variant, 16)
     exact = one[torch.float64]
     scales = {name: value.abs().max() for name, value in exact.items()}
@@ -248,7 +253,7 @@ class Copy(nn.Module):
         return x, x.flatten(1)
 
 
-def test_reconstructions_are_denormalised_and_show_every_level():
+def test_reconstructions_are_denormalized_and_show_every_level():
     store = open_data("shapes", "test", limit=3, image_size=16)
     spec = BackboneSpec("resnet18", image_size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     model = Copy().train()
@@ -301,8 +306,8 @@ def test_a_run_that_learns_nothing_is_reported(tmp_path):
     assert code == 0 and "WARNING" in text and "no better than the mean image" in text
 
 
-def test_health_rules():
-    error, spread = health_rules(after=8)
+def test_health_checks():
+    error, spread = health_checks(after=8)
     line = {"step": 10, "relative_error": 0.5, "feature_std": 0.3}
     assert not error.trips(line) and not spread.trips(line)
     assert error.trips({**line, "relative_error": 1.0}) and spread.trips({**line, "feature_std": 0.001})
@@ -323,8 +328,22 @@ def test_a_vit_of_timm_trains(tmp_path):
         2,
         "--no-eval",
     )
-    code, text = run_command(MODULE, "cifar10-r18", *flags, "--backbone", "vit_tiny_patch16_224", "--patch-size", 8,
-                             "--stem", "timm", "--out", tmp_path, "--name", "vit", log=tmp_path / "log")  # fmt: skip
+    code, text = run_command(
+        MODULE,
+        "cifar10-r18",
+        *flags,
+        "--backbone",
+        "vit_tiny_patch16_224",
+        "--patch-size",
+        8,
+        "--stem",
+        "timm",
+        "--out",
+        tmp_path,
+        "--name",
+        "vit",
+        log=tmp_path / "log",
+    )
     assert code == 0, text
     backbone, spec = load_backbone(tmp_path / "vit")
     assert spec.arguments["patch_size"] == 8 and backbone(torch.randn(2, 3, 32, 32)).shape == (2, 192)
@@ -338,9 +357,9 @@ def test_a_vit_of_timm_trains(tmp_path):
         (("--variant", "masked", "--mask-ratio", 1), "removes 64 of 64 blocks: it must remove at least one and leave"),
         (("--variant", "masked", "--mask-ratio", 0.001), "removes 0 of 64 blocks"),
         (("--loss-on", "masked"), "--variant vanilla removes nothing"),
-        (("--bottleneck", 0), "the latent needs at least one dimension"),
+        (("--bottleneck", 0), "--bottleneck is 0: it must be at least 1"),
         (("--decoder-width", 4), "at least 8 channels"),
-        (("--patch-size", 4), "--patch-size is an option of ViTs"),
+        (("--patch-size", 4), "--patch-size applies only to ViTs"),
         (("--backbone", "resnet81"), "timm has no model 'resnet81'"),
         (("--batch-size", 512), "larger than the data"),
         (("--variant", "contrastive"), "masked"),
@@ -382,85 +401,3 @@ def test_preset_builds_and_trains_two_steps(preset):
             assert torch.isfinite(loss)
     same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not same
-
-
-# ---- study -----------------------------------------------------------------------------------------------------------
-
-
-def write_card(item: study.Item, args: study.Arguments, value: float, lowshot: bool = True) -> None:
-    directory = study.folder(args) / item.name
-    directory.mkdir(parents=True)
-    cfg = {"seed": item.seed, "epochs": PRESETS[study.GRIDS[args.grid].preset][1].epochs, **dict(item.flags)}
-    protocols = ["knn-20-0.07", "knn-200-0.1", "linear-augmented", "linear", *["lowshot-1%"] * lowshot]
-    rows = [{"protocol": p, "target": "label", "metric": "top-1", "value": value + 1000 * (p == "linear-augmented"),
-             "baselines": {} if p.startswith("lowshot") else {"raw pixels": 30.0, "random init": 12.0}}
-            for p in protocols]  # fmt: skip
-    card = {"preset": study.GRIDS[args.grid].preset, "config": cfg, "evaluations": rows}
-    (directory / "result.json").write_text(json.dumps(card))
-    (directory / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss": 1.0, "relative_error": 0.25}) + "\n")
-
-
-def test_the_queue_has_every_setting_at_every_seed():
-    items = study.GRIDS["shapes"].items()
-    assert len(items) == 36 and len({item.name for item in items}) == 36
-    assert {item.seed for item in items[:12]} == {0}  # seed by seed
-    settings = [(item.question, item.value) for item in items if item.seed == 1]
-    assert ("noise", 0.25) in settings and ("mask_ratio", 0.75) in settings and ("bottleneck", 1024) in settings
-    assert PRESETS["quickstart"][1].bottleneck in [value for question, value in settings if question == "bottleneck"]
-    assert study.flags_of(items[6], study.Arguments())[:3] == ["quickstart", "--seed", "0"]
-    assert study.flags_of(items[6], study.Arguments())[-4:] == ["--variant", "denoising", "--noise", "0.1"]
-
-
-def test_finished_cards_are_skipped_and_cards_of_another_study_refused(tmp_path):
-    args = study.Arguments(grid="smoke", out=tmp_path, lowshot=True)
-    items = study.GRIDS["smoke"].items()
-    assert not any(study.is_done(item, args) for item in items)
-    write_card(items[0], args, 40.0)
-    write_card(items[1], args, 50.0, lowshot=False)
-    assert [study.is_done(item, args) for item in items] == [True, False, False, False]  # low-shot is missing
-    assert study.is_done(items[1], replace(args, lowshot=False))
-    with pytest.raises(UserError, match="epochs 4, not 7"):
-        study.is_done(items[0], replace(args, epochs=7))
-    path = study.folder(args) / items[0].name / "result.json"
-    path.write_text(path.read_text().replace('"bottleneck": 4', '"bottleneck": 5'))
-    with pytest.raises(UserError, match="bottleneck 5, not 4.*its own --out"):
-        study.is_done(items[0], args)
-
-
-def test_the_page_of_the_study(tmp_path, capsys):
-    args = study.Arguments(grid="smoke", out=tmp_path, lowshot=True)
-    html = study.write_page(args)
-    assert html.count("No run of it is done") == 3 and "0 of 4 runs" in html
-    for value, item in zip((40.0, 50.0, 60.0, 70.0), study.GRIDS["smoke"].items(), strict=True):
-        write_card(item, args, value)
-    study.main(["--grid", "smoke", "--out", str(tmp_path), "--lowshot"])  # nothing to do, so it only writes the page
-    assert "4 done, 0 to do" in capsys.readouterr().out
-    html = (tmp_path / "study.html").read_text()
-    sources = re.findall(r'src="(.*?)"', html)
-    assert len(sources) == 3 and all(s.startswith("data:image/png;base64,") for s in sources)
-    assert "4 of 4 runs" in html and "1050" not in html  # linear is not linear-augmented
-    assert all(text in html for text in ("40.00", "60.00", "70.00", "0.250"))
-    assert "±" not in html  # one seed has no spread
-    written = (tmp_path / "study.md").read_text().splitlines()
-    axis = written.index("**How much noise?**") + 2
-    assert written[axis].startswith("| standard deviation of the noise") and set(written[axis + 1]) == set("|-:")
-    assert written[axis + 1].count("|") == written[axis].count("|") == written[axis + 3].count("|")
-    assert written[axis + 3].startswith("| 0.25 | 1 | 60.00 |")
-    assert (tmp_path / "noise.png").stat().st_size > 5000
-    points = study.points_of("noise", args)
-    assert list(points) == [0.0, 0.25] and study.score(points[0.0][0][0], "knn-20-0.07") == 50  # 0: default width
-    assert list(study.points_of("bottleneck", args)) == [4, 128]
-    assert study.mean_std([1.0, 3.0, None]) == pytest.approx((2, 2**0.5)) and study.mean_std([None]) is None
-    study.main(["--grid", "smoke", "--out", str(tmp_path), "--plan"])
-    assert capsys.readouterr().out.count("done") == 4
-
-
-def test_a_run_that_fails_stops_the_queue_with_its_last_lines(tmp_path):
-    args = study.Arguments(grid="smoke", out=tmp_path)
-    item = study.GRIDS["smoke"].items()[0]
-    with pytest.raises(UserError, match="stopped with status 1: .*No module named nothing .all of it: "):
-        study.execute(["nothing"], item, args)
-    directory = tmp_path / item.name
-    directory.mkdir()
-    (tmp_path / "card.json").write_text("{}")
-    study.execute(["json.tool", str(tmp_path / "card.json"), str(directory / "result.json")], item, args)

@@ -1,4 +1,4 @@
-"""BYOL: loss and gradient against a slow version, ranks against one rank, the target's life, collapse, presets."""
+"""BYOL: loss and gradient against a slow version, N processes against one, the target's life, collapse, presets."""
 
 import math
 from itertools import pairwise
@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
-from common.backbones import BackboneSpec, create_backbone, multiply_adds
+from common.backbones import BackboneSpec, create_backbone
 from common.distributed import SyncBatchNorm, rank, sync_batchnorm, world_size
 from common.ema import ema_update, make_teacher
 from common.log import read_metrics
-from common.optim import LARC, LARS, decay_groups
-from common.schedules import scaled_lr, warmup_cosine
+from common.optim import LARS, decay_groups
+from common.schedules import cosine_schedule, scaled_lr
 from methods.byol.augment import two_views
 from methods.byol.config import PRESETS
 from methods.byol.loss import byol_loss
-from methods.byol.train import Encoder, Online, mlp
+from methods.byol.train import Encoder, Online, compute_loss, mlp
 from tests.processes import run_command, run_ranks
 
 TINY = dict(stem="cifar", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8, zero_init_last=False)
@@ -61,7 +61,7 @@ def test_known_values():
     torch.testing.assert_close(byol_loss(z, z, 3 * z, 0.1 * z)[0], torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.testing.assert_close(byol_loss(z, z, -z, -z)[0], torch.tensor(8.0))
     torch.testing.assert_close(byol_loss(z, -z, -z, z)[0], torch.tensor(0.0), atol=1e-6, rtol=0)  # 1 meets 2, not 1
-    random = byol_loss(*(torch.randn(4096, 256) for _ in range(4)))[0]  # reference section 9.1: about 4
+    random = byol_loss(*(torch.randn(4096, 256) for _ in range(4)))[0]
     assert abs(random - 4) < 0.02
     assert torch.isfinite(byol_loss(*(torch.zeros(4, 6) for _ in range(4)))[0])
 
@@ -117,45 +117,37 @@ def test_biases_and_norms_have_neither_decay_nor_adaptation():
         assert group["adapt"] == (value.ndim > 1) == (group["weight_decay"] == 0.1), name
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- N processes -----------------------------------------------------------------------------------------------------
 
 
 def one_step(dtype: torch.dtype, global_batch: int = 16) -> dict[str, torch.Tensor]:
-    """Loss, gradients, the target after LARS and EMA, and both networks' BatchNorm buffers, on this rank, after DDP."""
+    """Loss, gradients, target after LARS and EMA, both networks' BatchNorm buffers: this process's, after DDP."""
     online = online_of().to(dtype)
-    online = sync_batchnorm(online, "cpu")
+    online = sync_batchnorm(online)
     target = make_teacher(online.encoder)
     assert any(isinstance(m, SyncBatchNorm) for m in target.modules()) == (world_size() > 1)
     generator = torch.Generator().manual_seed(1)
     n = global_batch // world_size()
     views = torch.randn(2, global_batch, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
-    view1, view2 = views[:, rank() * n : (rank() + 1) * n]
     optimizer = LARS(decay_groups(online, 1e-4), lr=0.5, momentum_form="lr-outside")
     trained = DistributedDataParallel(online) if world_size() > 1 else online
-    with torch.no_grad():
-        z1, z2 = target(view1), target(view2)
-    loss, _ = byol_loss(*trained(view1, view2), z1, z2)
+    loss, _ = compute_loss(trained, target, views[:, rank() * n : (rank() + 1) * n])
     loss.backward()
     optimizer.step()
     ema_update(target, online.encoder, 0.9)
     loss = loss.detach().clone()
     if world_size() > 1:
         torch.distributed.all_reduce(loss)
-    return (
-        {"loss": loss / world_size()}
-        | {n: p.grad for n, p in online.named_parameters()}
-        | {f"target.{n}": p for n, p in target.named_parameters()}
-        | {
-            f"{w}.{n}": b
-            for w, m in (("online", online), ("target", target))
-            for n, b in m.named_buffers()
-            if "run" in n
-        }
-    )
+    found = {"loss": loss / world_size()}
+    found |= {name: p.grad for name, p in online.named_parameters()}
+    found |= {f"target.{name}": p for name, p in target.named_parameters()}
+    for network, module in (("online", online), ("target", target)):
+        found |= {f"{network}.{name}": b for name, b in module.named_buffers() if "running" in name}
+    return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_rank(ranks):
+def test_processes_equal_one(ranks):
     for dtype in (torch.float64, torch.float32):
         one, several = one_step(dtype), run_ranks(one_step, ranks, dtype)
         for many in several:
@@ -173,21 +165,8 @@ def test_ranks_equal_one_rank(ranks):
 
 def test_target_follows_after_each_step_by_parameters_only(tmp_path):
     """Every step: target = momentum * target + (1 - momentum) * the new online weights; buffers are its own."""
-    flags = (
-        "smoke",
-        "--out",
-        tmp_path,
-        "--no-eval",
-        "--save-every",
-        1,
-        "--keep",
-        20,
-        "--log-every",
-        1,
-        "--max-steps",
-        6,
-    )
-    code, text = run_command("methods.byol.train", *flags, log=tmp_path / "log")
+    flags = ("--no-eval", "--save-every", 1, "--keep", 20, "--log-every", 1, "--max-steps", 6)
+    code, text = run_command("methods.byol.train", "smoke", "--out", tmp_path, *flags, log=tmp_path / "log")
     assert code == 0, text
     directory = tmp_path / "byol-smoke"
     found = []
@@ -208,13 +187,13 @@ def test_target_follows_after_each_step_by_parameters_only(tmp_path):
             torch.testing.assert_close(new, m * old + (1 - m) * online, rtol=1e-5, atol=1e-7)
     counts = {n: int(v) for n, v in found[-1]["target"].items() if n.endswith("num_batches_tracked")}
     assert len(counts) > 5 and set(counts.values()) == {12}  # train mode: moved by each of two passes a step
-    # the second network sees the same images with other weights: buffers of its own, not an average of the online's
+    # the second network sees the same images with other weights: separate buffers, not an average of the online's
     mean = "backbone.layer4.0.bn1.running_mean"
     assert not torch.equal(found[-1]["target"][mean], found[-1]["model"][f"encoder.{mean}"])
 
 
 def test_without_predictor_it_collapses_and_the_run_says_so(tmp_path):
-    flags = ("--out", tmp_path, "--no-eval", "--no-predictor", "--ema-momentum", 0.5, "--epochs", 24)
+    flags = ("--out", tmp_path, "--no-eval", "--no-predictor", "--ema-momentum", 0.5, "--epochs", 24, "--max-steps", 48)
     code, text = run_command("methods.byol.train", "smoke", *flags, log=tmp_path / "log")
     assert code == 0 and "WARNING" in text and "Is the predictor there?" in text, text
 
@@ -243,9 +222,9 @@ def test_recipe_equals_the_reference(preset):
     assert cfg.optimizer == ("larc" if preset == "cifar10-r18" else "lars")
     assert scaled_lr(cfg.base_lr, cfg.batch_size, "linear") == pytest.approx(peak)
     total, warmup = epochs * (images // batch), int(10 * images / batch)
-    rate = [warmup_cosine(s, peak=peak, total=total, warmup=warmup) for s in (0, warmup, total - 1)]
+    rate = [cosine_schedule(s, base=peak, total=total, warmup=warmup) for s in (0, warmup, total - 1)]
     assert rate[0] == 0 and rate[1] == pytest.approx(peak) and 0 < rate[2] < 1e-5 * peak
-    ema = [warmup_cosine(s, peak=momentum, end=1.0, total=total) for s in (0, total // 2, total - 1)]
+    ema = [cosine_schedule(s, base=momentum, final=1.0, total=total) for s in (0, total // 2, total - 1)]
     assert ema == pytest.approx([momentum, 1 - (1 - momentum) / 2, 1], abs=1e-4) and ema[2] < 1
 
 
@@ -254,52 +233,21 @@ def test_recipe_equals_the_reference(preset):
 )
 def test_views_equal_the_reference(preset, blur):
     cfg = PRESETS[preset][1]
-    names = ("crop_scale", "jitter", "grey", "blur", "solarize", "interpolation")
-    options = {name: getattr(cfg, name) for name in names}
-    one, two = two_views(cfg.image_size, **options, mean=(0.0,) * 3, std=(1.0,) * 3).views
+    one, two = two_views(cfg).views
     assert (one.blur, two.blur) == blur and (one.solarize, two.solarize) == (0.0, 0.2)
     for view in (one, two):
-        assert (view.scale, view.interpolation, view.flip, view.grey) == ((0.08, 1.0), "bicubic", 0.5, 0.2)
-        assert (view.jitter, view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.4, 0.4, 0.2, 0.1)
+        assert (view.scale, view.interpolation, view.flip, view.grayscale) == ((0.08, 1.0), "bicubic", 0.5, 0.2)
+        assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
+        assert view.color_jitter_prob == 0.8
     assert cfg.image_size != 224 or one.blur_kernel == 23
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_builds_and_trains_two_steps(preset):
-    """On the meta device all of them; in earnest those below 2.5 GMAC an image and pass, batch of 4."""
+def test_preset_builds(preset):
     cfg = PRESETS[preset][1]
-    spec = BackboneSpec(
-        cfg.backbone, stem=cfg.stem, layers=cfg.layers, channels=cfg.channels, stem_width=cfg.stem_width
-    )
-
-    def build():
-        encoder = Encoder(create_backbone(spec), cfg.hidden_dim, cfg.projector_dim)
-        return Online(encoder, cfg.hidden_dim, cfg.predictor)
-
     with torch.device("meta"):
-        online = build()
+        backbone = create_backbone(cfg.resnet_spec(zero_init_last=cfg.zero_init_last))
+        encoder = Encoder(backbone, cfg.hidden_dim, cfg.projector_dim, cfg.projector_layers)
+        online = Online(encoder, cfg.hidden_dim, cfg.predictor)
         image = torch.empty(2, 3, cfg.image_size, cfg.image_size)
         assert [p.shape for p in online(image, image)] == [(2, cfg.projector_dim)] * 2
-        cost = multiply_adds(online.encoder.backbone, cfg.image_size)
-    if cost > 2.5e9:
-        assert "imagenet-r50" in preset
-        return
-    torch.manual_seed(0)
-    online = build()
-    target = make_teacher(online.encoder)
-    groups = decay_groups(online, cfg.weight_decay)
-    larc = cfg.optimizer == "larc"
-    optimizer = LARC(groups, 0.1, trust=0.02, clip=True) if larc else LARS(groups, 0.1, momentum_form="lr-outside")
-    before = [p.detach().clone() for p in target.parameters() if p.ndim > 1]
-    for _ in range(2):
-        views = torch.rand(2, 4, 3, cfg.image_size, cfg.image_size)
-        with torch.no_grad():
-            z1, z2 = target(views[0]), target(views[1])
-        loss, _ = byol_loss(*online(*views), z1, z2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema_update(target, online.encoder, cfg.ema_momentum)
-        assert torch.isfinite(loss)
-    after = [p for p in target.parameters() if p.ndim > 1]
-    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))

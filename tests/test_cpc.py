@@ -1,4 +1,4 @@
-"""CPC for images: losses against slow loops, causality by perturbed pixels, patches, ranks, presets, errors."""
+"""CPC for images: losses against slow loops, causality by perturbed pixels, patches, processes, presets, errors."""
 
 import json
 import math
@@ -20,10 +20,8 @@ from methods.cpc.config import PRESETS, Config
 from methods.cpc.loss import cpc_loss, draw_negatives, info_nce_all, info_nce_sampled, positives, turned
 from methods.cpc.model import CONTEXTS, CPC, GatedLayer, RowGRU
 from methods.cpc.retrieval import held_out, section, sentence
-from methods.cpc.train import build
+from methods.cpc.train import build, compute_loss
 from tests.processes import run_command, run_ranks
-
-STATS = ((0.5,) * 3, (0.5,) * 3)
 
 
 def tiny(**changes) -> Config:
@@ -37,7 +35,7 @@ def tiny(**changes) -> Config:
 
 def model_of(cfg: Config, dtype=torch.float64, seed: int = 0) -> CPC:
     torch.manual_seed(seed)
-    model = build(cfg, *STATS)[0]
+    model = build(cfg)[0]
     for name, parameter in model.named_parameters():  # biases too, so that a lost one shows
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
@@ -193,7 +191,7 @@ def test_whole_objective_equals_the_slow_loop(directions, embedding):
 
 
 def test_sampled_objective_equals_the_slow_loop():
-    """With one direction: the order of the drawn negatives is that of the loop over offset, image, row and column."""
+    """With one direction: the order of the sampled negatives is that of the loop over offset, image, row and column."""
     model, images = model_of(tiny()), pixels(2)
     drawn = [draw_negatives(2, 2, 5, 5, model.offsets, 3, generator(0))]
     compared, predictions, _ = model(images)
@@ -266,7 +264,7 @@ def test_subcrop_is_each_patchs_own_and_padded_back(crop):
     torch.testing.assert_close(middle.abs().sum(), plain[:, :, cut, cut].abs().sum())  # zeros around it
 
 
-def test_light_and_dropped_colours_are_each_patchs_own():
+def test_light_and_dropped_colors_are_each_patchs_own():
     images = pixels(2, 16)
     jitter = PatchJitter(8, 4, brightness=0.7, contrast=0.4, color_drop=0.5)
     numbers = jitter.sample(2, 9, generator(3))
@@ -313,21 +311,21 @@ def test_forward_is_the_mean_over_the_grid_at_any_size():
         encoder(pixels(1, 7))
 
 
-def test_grey_views_and_coloured_images_are_the_same_input():
+def test_gray_views_and_colored_images_are_the_same_input():
     mean, std = statistics("shapes", True)
-    recipe = one_view(32, crop_scale=(1.0, 1.0), flip=0.0, grey=True, mean=mean, std=std)
-    colour = replace(recipe.views[0], grey=0.0)
+    recipe = one_view(replace(PRESETS["quickstart"][1], flip=0.0, grayscale=True))
+    color = replace(recipe.views[0], grayscale=0.0)
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     params = recipe.sample(4, generator(0))
-    (grey,) = recipe(images, params)
-    assert (grey[:, 0] == grey[:, 2]).all()
+    (gray,) = recipe(images, params)
+    assert (gray[:, 0] == gray[:, 2]).all()
     encoder = model_of(tiny(), torch.float32).backbone
-    plain = type(recipe)([colour])
-    (coloured,) = plain(images, plain.sample(4, generator(0)))
-    read = [(x * encoder.grey_weights).sum(1) for x in (grey, coloured)]
-    torch.testing.assert_close(*read, atol=3e-4, rtol=0)  # torchvision's weights sum to 0.9999
-    torch.testing.assert_close(encoder(grey), encoder(coloured), atol=2e-3, rtol=0)
-    assert encoder.stem.in_channels == 1 and model_of(tiny(grey=False)).backbone.stem.in_channels == 3
+    plain = type(recipe)([color])
+    (colored,) = plain(images, plain.sample(4, generator(0)))
+    read = [(x * encoder.luma_weights).sum(1) for x in (gray, colored)]
+    torch.testing.assert_close(*read, atol=6e-4, rtol=0)  # torchvision's weights sum to 0.9999
+    torch.testing.assert_close(encoder(gray), encoder(colored), atol=2e-3, rtol=0)
+    assert encoder.stem.in_channels == 1 and model_of(tiny(grayscale=False)).backbone.stem.in_channels == 3
     assert statistics("stl10", True) == ((0.4120,) * 3, (0.2570,) * 3)  # GIM's
     assert statistics("cifar10", False)[0] == (0.4914, 0.4822, 0.4465)
     assert 0.4465 < statistics("cifar10", True)[0][0] < 0.4914
@@ -336,7 +334,7 @@ def test_grey_views_and_coloured_images_are_the_same_input():
 def test_stl_crops_keep_their_resolution():
     """64 of 96 pixels as 4/9 of the area: pixels are copied, not resampled."""
     cfg = PRESETS["stl10"][1]
-    recipe = one_view(64, crop_scale=cfg.crop_scale, flip=0.0, grey=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    recipe = one_view(replace(cfg, flip=0.0, grayscale=False, normalize="none"))
     images = torch.randint(256, (3, 3, 96, 96), dtype=torch.uint8)
     (views,) = recipe(images, recipe.sample(3, generator(0)))
     for view, image in zip((255 * views).round().to(torch.uint8), images, strict=True):
@@ -346,7 +344,7 @@ def test_stl_crops_keep_their_resolution():
 
 def test_export_is_loaded_as_any_other(tmp_path):
     torch.manual_seed(0)
-    model, spec = build(tiny(patch_crop=7), *STATS)
+    model, spec = build(tiny(patch_crop=7))
     export_backbone(tmp_path, model.backbone, spec)
     assert json.loads((tmp_path / "backbone.json").read_text())["name"] == "methods.cpc.model:Encoder"
     loaded, read = load_backbone(tmp_path)
@@ -362,7 +360,7 @@ def test_export_is_loaded_as_any_other(tmp_path):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_context_sees_its_row_and_those_above_and_never_the_next(context, row):
-    """Bitwise: a patch of row i + 1 leaves c of rows 0 to i as they are, and changes its own."""
+    """Bitwise: a patch of row i + 1 leaves c of rows 0 to i unchanged, and changes that of row i + 1."""
     cfg = tiny(context=context, context_depth=1 if context == "gru" else 2)
     model = model_of(cfg, torch.float32)
     z = torch.randn(2, 5, 5, 10, generator=torch.Generator().manual_seed(0))
@@ -422,12 +420,13 @@ def test_row_gru_is_a_gru_down_the_columns():
     torch.testing.assert_close(context(x), expected)
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def gradients(dtype: torch.dtype, negatives: str, pool: str, directions: int) -> dict[str, torch.Tensor]:
-    """Loss and gradients of one step on this rank's part of a fixed global batch of 8 images, after DDP."""
-    model = model_of(tiny(directions=directions, patch_crop=7), dtype)
+    """Loss and gradients of one step on this process's part of a fixed global batch of 8 images, after DDP."""
+    cfg = tiny(directions=directions, patch_crop=7, pool=pool)
+    model = model_of(cfg, dtype)
     n = 8 // world_size()
     part = slice(rank() * n, (rank() + 1) * n)
     images = pixels(8).to(dtype)[part]
@@ -438,8 +437,7 @@ def gradients(dtype: torch.dtype, negatives: str, pool: str, directions: int) ->
         stream = generator(0, "negatives", 3)
         drawn = [draw_negatives(8, pooled, 5, 5, model.offsets, 4, stream, part) for _ in range(directions)]
     trained = DistributedDataParallel(model) if world_size() > 1 else model
-    compared, predictions, _ = trained(images, numbers)
-    loss, parts = cpc_loss(compared, predictions, model.offsets, drawn, everywhere=pool == "global")
+    loss, parts = compute_loss(trained, images, numbers, drawn, cfg)
     loss.backward()
     means = torch.stack([loss.detach(), parts["retrieval"].to(dtype)])
     if world_size() > 1:
@@ -450,7 +448,7 @@ def gradients(dtype: torch.dtype, negatives: str, pool: str, directions: int) ->
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("negatives", "directions"), [("sampled", 1), ("sampled", 4), ("all", 4)])
-def test_ranks_equal_one_rank(ranks, negatives, directions):
+def test_processes_equal_one(ranks, negatives, directions):
     for dtype in (torch.float64, torch.float32):
         one = gradients(dtype, negatives, "global", directions)
         assert len(one) > 20 and one["loss and retrieval"][0] > 0.1
@@ -480,7 +478,7 @@ def test_local_pool_is_another_objective():
 
 
 class Oracle(nn.Module):
-    """Knows every patch: each image has its own code, and so has each place."""
+    """Knows every patch: each image has its own code, and so has each position."""
 
     def __init__(self, offsets, sure: bool):
         super().__init__()
@@ -497,7 +495,7 @@ class Oracle(nn.Module):
 
 def test_held_out_retrieval_and_its_chance():
     store = open_data("shapes", "test", limit=128)
-    spec = build(tiny(), *STATS)[1]
+    spec = build(tiny())[1]
     arguments = dict(crop=24, batch=64, count=16, seed=0)
     found = held_out(Oracle((1, 2), True), store, spec, **arguments)
     assert found.keys() == {1, 2}
@@ -514,7 +512,7 @@ def test_held_out_retrieval_and_its_chance():
 def test_held_out_retrieval_changes_nothing_and_repeats_itself():
     store = open_data("shapes", "test", limit=70)
     cfg = tiny(image_size=32, patch_crop=7)
-    model, (_, spec) = model_of(cfg, torch.float32).train(), build(cfg, *STATS)
+    model, (_, spec) = model_of(cfg, torch.float32).train(), build(cfg)
     before = [p.clone() for p in model.parameters()]
     first = held_out(model, store, spec, crop=24, batch=32, count=4, seed=0)
     assert held_out(model, store, spec, crop=24, batch=32, count=4, seed=0) == first
@@ -535,7 +533,7 @@ def test_recipes_equal_the_reference():
     for cfg in (stl, cifar, imagenet):
         assert (cfg.skip_step, cfg.prediction_steps, cfg.num_negatives, cfg.negatives) == (1, 5, 16, "sampled")
         assert (cfg.context, cfg.context_width, cfg.context_depth, cfg.norm) == ("pixelcnn", 1024, 4, "none")
-        assert (cfg.grey, cfg.flip, cfg.schedule, cfg.weight_decay) == (True, 0.5, "constant", 0.0)
+        assert (cfg.grayscale, cfg.flip, cfg.schedule, cfg.weight_decay) == (True, 0.5, "constant", 0.0)
         assert grid_side(cfg.crop_size, cfg.patch, cfg.stride) == 7
 
 
@@ -543,7 +541,7 @@ def test_recipes_equal_the_reference():
 def test_preset_builds(preset):
     cfg = PRESETS[preset][1]
     with torch.device("meta"):
-        model, spec = build(cfg, *STATS)
+        model, spec = build(cfg)
         side = grid_side(cfg.crop_size, cfg.patch, cfg.stride)
         compared, predictions, z = model(torch.empty(2, 3, cfg.crop_size, cfg.crop_size))
         assert z.shape == (2, side, side, cfg.channels[-1])
@@ -553,15 +551,29 @@ def test_preset_builds(preset):
 
 
 def test_v2_is_a_set_of_options():
-    """arXiv:1905.09272 as far as the reference knows it: 80 px patches, stride 36, 6 x 6; row + 3; 64-d, 0.1."""
+    """CPC v2 (arXiv:1905.09272): 80 px patches, stride 36, 6 x 6; row + 3; 64-d, 0.1."""
     cfg = replace(
-        PRESETS["imagenet"][1], crop_size=260, patch=80, stride=36, patch_crop=0, layers=(3, 4, 46),
-        channels=(256, 512, 4096), hidden=(64, 128, 512), norm="layer", directions=4, context="residual",
-        context_width=256, context_depth=5, skip_step=2, prediction_steps=1, embedding=64, embedding_scale=0.1,
+        PRESETS["imagenet"][1],
+        crop_size=260,
+        patch=80,
+        stride=36,
+        patch_crop=0,
+        layers=(3, 4, 46),
+        channels=(256, 512, 4096),
+        hidden=(64, 128, 512),
+        norm="layer",
+        directions=4,
+        context="residual",
+        context_width=256,
+        context_depth=5,
+        skip_step=2,
+        prediction_steps=1,
+        embedding=64,
+        embedding_scale=0.1,
         negatives="all",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
-        model, _ = build(cfg, *STATS)
+        model, _ = build(cfg)
         compared, predictions, z = model(torch.empty(2, 3, 260, 260))
     assert z.shape == (2, 6, 6, 4096) and compared.shape == (2, 6, 6, 64) and model.offsets == (3,)
     assert [p.shape for p in predictions] == [(2 * 3 * 6, 64)] * 4
@@ -573,22 +585,19 @@ def test_v2_is_a_set_of_options():
     ("changes", "message"),
     [
         (dict(prediction_steps=5), "has 5 rows of patches"),
-        (dict(skip_step=-1), "cannot be negative"),
-        (dict(prediction_steps=0), "must be at least 1"),
-        (dict(stride=0), "--stride 0 must be between 1 and --patch 8"),
         (dict(stride=9, prediction_steps=1, skip_step=0), "patches touch or overlap"),
         (dict(patch_crop=9), "--patch-crop 9"),
         (dict(layers=(1,)), "one number for each stage"),
         (dict(hidden=(3,)), "one number for each stage"),
         (dict(context="gru"), "a row GRU has one layer"),
-        (dict(color_drop=0.5), "--no-grey"),
+        (dict(color_drop=0.5), "--no-grayscale"),
         (dict(patch=32), "has 0 rows of patches"),
         (dict(norm="batch"), "none or layer"),
     ],
 )
 def test_errors_say_what_to_do(changes, message):
     with pytest.raises(UserError, match=message):
-        build(tiny(**changes), *STATS)
+        build(tiny(**changes))
 
 
 def test_shared_pixels_are_told_and_a_wrong_size_is_one_sentence(tmp_path):

@@ -132,7 +132,7 @@ def test_sheet_holds_the_images_in_their_order():
     canvas, pitch = axes.images[0].get_array(), 34
 
     def cell(row, column):
-        return torch.tensor(np.asarray(canvas[row * pitch:row * pitch + 32, column * pitch:column * pitch + 32]))
+        return torch.tensor(np.asarray(canvas[row * pitch : row * pitch + 32, column * pitch : column * pitch + 32]))
 
     for i in range(3):
         torch.testing.assert_close(cell(0, i), pictures[i].permute(1, 2, 0) / 255)
@@ -146,24 +146,47 @@ def test_sheet_holds_the_images_in_their_order():
 
 
 def tiny_spec(**changes):
-    return BackboneSpec("resnet18", stem="cifar", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8,
-                        **({"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} | changes))
+    return BackboneSpec(
+        "resnet18",
+        stem="cifar",
+        layers=(1, 1, 1, 1),
+        channels=(8, 8, 16, 16),
+        stem_width=8,
+        **({"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} | changes),
+    )
 
 
 def exported(directory, seed=0, config=None, **changes):
     spec = tiny_spec(**changes)
     export_backbone(directory, random_init(spec, seed), spec)
     if config is not None:
-        (directory / "config.json").write_text(json.dumps({"method": "any", "config": config}))
+        (directory / "config.json").write_text(json.dumps({"method": "any", "preset": "any", "config": config}))
     return str(directory)
 
 
 def test_command_line_from_runs_to_picture_and_numbers(tmp_path, capsys):
-    runs = [exported(tmp_path / name, seed, {"data": "shapes", "image_column": ""})
-            for seed, name in ((4, "one"), (5, "two"))]
+    runs = [
+        exported(tmp_path / name, seed, {"data": "shapes", "image_column": ""})
+        for seed, name in ((4, "one"), (5, "two"))
+    ]
     for again in ("a", "b"):
-        main([*runs, "--limit", "96", "--epochs", "2", "--images", "3", "--device", "cpu",
-              "--out", str(tmp_path / again / "sheet.png"), "--json", str(tmp_path / again / "numbers.json")])
+        main(
+            [
+                *runs,
+                "--limit",
+                "96",
+                "--epochs",
+                "2",
+                "--images",
+                "3",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / again / "sheet.png"),
+                "--json",
+                str(tmp_path / again / "numbers.json"),
+            ]
+        )
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / again).iterdir()} for again in ("a", "b"))
     assert first == second and set(first) == {"sheet.png", "numbers.json"}
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Deep InfoMax: estimators against slow loops, the official code's faults absent, networks, prior, ranks, report."""
+"""Deep InfoMax: estimators against slow loops, the official code's faults absent, networks, prior, runs, report."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import softplus
 from torch.nn.parallel import DistributedDataParallel
 
-from common.backbones import create_backbone, export_backbone, load_backbone, multiply_adds, own_encoder
+from common.backbones import create_backbone, custom_encoder_spec, export_backbone, load_backbone, multiply_adds
 from common.data import open_data
 from common.distributed import rank, sync_batchnorm, world_size
 from common.errors import UserError
@@ -21,6 +21,7 @@ from eval.linear import linear_probe
 from eval.load import random_init
 from methods.dim.augment import one_view
 from methods.dim.config import PRESETS, PUBLISHED, Config
+from methods.dim.health import check
 from methods.dim.layers import LayerReport, held_out_retrieval, mlp_probe
 from methods.dim.loss import (
     ESTIMATORS,
@@ -32,8 +33,9 @@ from methods.dim.loss import (
     scores,
 )
 from methods.dim.model import DIM, LAYOUTS, Discriminator, Encoder, ScoreBlock, map_size
-from methods.dim.train import check
+from methods.dim.train import compute_loss
 from tests.processes import run_command, run_ranks
+from tests.test_compare import make_card
 
 TINY = dict(width=0.0625, y_dim=5)  # 4-8-16 channels, 64
 
@@ -95,8 +97,8 @@ def test_chance_level_is_the_loss_of_equal_scores(estimator):
 
 
 def test_own_pairs_are_masked_by_infinity():
-    """The code masks self-pairs by a score of -10, which competes as soon as true scores are lower (pitfall 2), and
-    with a mask of [N, N] on four dimensions for dv (pitfall 1). Here own pairs are out whatever the others score."""
+    """The code masks self-pairs by a score of -10, which competes as soon as true scores are lower, and
+    with a mask of [N, N] on four dimensions for dv. Here pairs of the same image are excluded for any scores."""
     summaries = torch.full((4, 1), 1.0, dtype=torch.float64)
     parts = torch.full((4, 3, 1), -50.0, dtype=torch.float64)  # every score is -50, far below -10
     loss, _ = information_loss(summaries, parts, "infonce")
@@ -112,8 +114,8 @@ def test_own_other_places_are_no_negatives():
     summaries, parts = random(3, 4, seed=4), random(3, 5, 4, seed=5)
     u = scores(summaries, parts)
     assert u.shape == (3, 3, 5) and float(u[1, 2, 3]) == pytest.approx(float(summaries[1] @ parts[2, 3]))
-    # If they were, raising one place's own score would cost the other places of its image: here it does not. With one
-    # place far above all others the image's terms are 0 for it and, for the rest, their own scores against the others'.
+    # If they were, raising the score of one position would cost the other positions of its image: here it does not.
+    # With one position far above all others, the image's term is 0 there and unaffected elsewhere.
     raised = parts.clone()
     raised[0, 0] += 100 * summaries[0]
     before, after = (information_loss(summaries, p, "infonce")[0] for p in (parts, raised))
@@ -129,7 +131,7 @@ def test_own_other_places_are_no_negatives():
 
 
 def test_local_loss_is_a_mean_over_places():
-    """Twice the same places is the same loss (jsd, dv): a sum would weigh local against prior by 64 (pitfall 8)."""
+    """Twice the same positions is the same loss (jsd, dv): a sum would weigh local against prior by 64."""
     summaries, parts = random(4, 3, seed=6), random(4, 5, 3, seed=7)
     for estimator in ("jsd", "dv"):
         once, twice = (information_loss(summaries, p, estimator)[0] for p in (parts, torch.cat([parts, parts], 1)))
@@ -154,18 +156,23 @@ def test_estimates_rank_by_information():
     """A critic that is right earns more the more two variables share, under every estimator."""
     noise, x = random(256, 8, seed=8, scale=0.5), random(256, 8, seed=9, scale=0.5)
     for estimator in ESTIMATORS:
-        levels = [float(information_loss(x, (share * x + (1 - share) * noise).unsqueeze(1), estimator)[0])
-                  for share in (0.0, 0.5, 1.0)]  # fmt: skip
+        levels = [
+            float(information_loss(x, (share * x + (1 - share) * noise).unsqueeze(1), estimator)[0])
+            for share in (0.0, 0.5, 1.0)
+        ]
         assert levels[0] > levels[1] > levels[2], estimator
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("layout", "size", "local", "conv", "fc"), [
-    ("basic32", 32, (128, 8, 8), (256, 4, 4), 1024),
-    ("alex64", 64, (384, 15, 15), (192, 7, 7), 4096),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "size", "local", "conv", "fc"),
+    [
+        ("basic32", 32, (128, 8, 8), (256, 4, 4), 1024),
+        ("alex64", 64, (384, 15, 15), (192, 7, 7), 4096),
+    ],
+)
 def test_layers_have_the_papers_shapes(layout, size, local, conv, fc):
     with torch.device("meta"):
         encoder = Encoder(layout=layout, image_size=size)
@@ -178,7 +185,7 @@ def test_layers_have_the_papers_shapes(layout, size, local, conv, fc):
 @pytest.mark.parametrize("output", ["conv", "fc", "y"])
 def test_encoder_exports_the_layer_it_is_asked_for(output, tmp_path):
     torch.manual_seed(0)
-    spec = own_encoder(Encoder, arguments=dict(TINY, output=output, grey=True), image_size=32)
+    spec = custom_encoder_spec(Encoder, arguments=dict(TINY, output=output, grayscale=True), image_size=32)
     encoder = create_backbone(spec).eval()
     with torch.no_grad():
         x = images(3).float()
@@ -191,7 +198,7 @@ def test_encoder_exports_the_layer_it_is_asked_for(output, tmp_path):
 
 
 def test_local_map_is_the_second_convolution_with_its_receptive_field():
-    """10 px at stride 4: the third convolution would see 22 (pitfall 4). In eval mode: BatchNorm couples places."""
+    """10 px at stride 4: the third convolution would see 22. In eval mode: BatchNorm couples positions."""
     torch.manual_seed(0)
     encoder = Encoder(**TINY).double().eval()
     x = images(1).requires_grad_()
@@ -209,11 +216,11 @@ def test_local_map_is_the_second_convolution_with_its_receptive_field():
     assert torch.equal(after[0, :, 3], local[0, :, 3]) and not torch.equal(after, local)
 
 
-def test_grey_encoder_sees_luminance_alone():
+def test_gray_encoder_sees_luminance_alone():
     torch.manual_seed(0)
-    encoder = Encoder(**TINY, grey=True).double().eval()
+    encoder = Encoder(**TINY, grayscale=True).double().eval()
     x = images(2)
-    shift = torch.tensor([1.0, -0.2989 / 0.587, 0.0]).view(1, 3, 1, 1)  # changes colours, not luminance
+    shift = torch.tensor([1.0, -0.2989 / 0.587, 0.0]).view(1, 3, 1, 1)  # changes colors, not luminance
     torch.testing.assert_close(encoder(x + shift), encoder(x))
     plain = Encoder(**TINY).double().eval()
     assert (plain(x + shift) - plain(x)).abs().max() > 1e-3
@@ -262,14 +269,14 @@ def test_terms_have_their_networks_and_no_others():
         information_loss(*pairs[term], "jsd")[0].backward()
         assert all(p.grad is not None for p in model.parameters())  # none unused: DistributedDataParallel would stop
     tail = dim_of(("global",)).global_parts
-    assert tail[0][0].in_channels == 8 and tail[-1].out_features == 16  # the encoder's layers behind the local map
+    assert tail[0][0].in_channels == 8 and tail[-1].out_features == 16  # the encoder's layers after the local map
 
 
 # ---- prior -----------------------------------------------------------------------------------------------------------
 
 
-def test_discriminator_loss_penalises_every_sample():
-    """The code's penalty takes the gradient of the last sample's output alone, so it weighs 1 / B (pitfall 3)."""
+def test_discriminator_loss_penalizes_every_sample():
+    """The code's penalty takes the gradient of the last sample's output alone, so it weighs 1 / B."""
     torch.manual_seed(0)
     discriminator = Discriminator(4, (8, 6)).double()
     prior, codes = random(5, 4, seed=13).sigmoid(), random(5, 4, seed=14).sigmoid()
@@ -301,11 +308,11 @@ def test_discriminator_and_encoder_have_gradients_of_their_own():
     discriminator_loss(discriminator, random(6, 4).sigmoid(), codes, 1.0)[0].backward()
     assert codes.grad is None and all(p.grad is not None for p in discriminator.parameters())
     logits = torch.tensor([-3.0, 0.5], dtype=torch.float64, requires_grad=True)
-    loss = fooling_loss(logits)
+    loss = fooling_loss(torch.nn.Identity(), logits)
     assert float(loss.detach()) == pytest.approx((math.log1p(math.exp(3)) + math.log1p(math.exp(-0.5))) / 2)
     loss.backward()
     assert logits.grad[0] < -0.47  # non-saturating: strongest where the discriminator is sure
-    assert float(fooling_loss(torch.zeros(3))) == pytest.approx(math.log(2))
+    assert float(fooling_loss(torch.nn.Identity(), torch.zeros(3))) == pytest.approx(math.log(2))
 
 
 def test_prior_moves_codes_to_the_uniform():
@@ -321,38 +328,32 @@ def test_prior_moves_codes_to_the_uniform():
         loss.backward()
         optimizers[1].step()
         optimizers[0].zero_grad()
-        fooling_loss(discriminator(y.sigmoid())).backward()
+        fooling_loss(discriminator, y.sigmoid()).backward()
         optimizers[0].step()
     spread = y.sigmoid().std(0)
     assert (spread > 0.2).all()  # the uniform's is 0.289; it starts at 0.025
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def step_of_a_rank(estimator: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Losses, all gradients and BatchNorm's buffers of one step on this rank's part of 8 images, both terms and prior,
-    as train.py makes it."""
+    """Losses, gradients and BatchNorm buffers of a step of train.py on this process's part of 8 images, with prior."""
     model = dim_of().to(dtype).train()
     discriminator = Discriminator(5, (12, 8)).to(dtype)
     n = 8 // world_size()
     part = slice(rank() * n, (rank() + 1) * n)
     prior = torch.rand(8, 5, generator=generator("prior"), dtype=torch.float64).to(dtype)[part]
-    trained, judge = sync_batchnorm(model, "cpu"), discriminator
+    trained, judge = sync_batchnorm(model), discriminator
     if world_size() > 1:
         trained, judge = DistributedDataParallel(trained), DistributedDataParallel(discriminator)
-    y, pairs = trained(images().to(dtype)[part])
-    loss, found = 0.0, {}
-    for name, (summaries, parts) in pairs.items():
-        found[f"loss {name}"], _ = information_loss(summaries, parts, estimator)
-        loss = loss + found[f"loss {name}"]
+    loss, parts, y = compute_loss(trained, images().to(dtype)[part], replace(Config(), alpha=1.0, estimator=estimator))
+    found = {"loss": loss} | {name: value for name, value in parts.items() if name.endswith("_loss")}
     codes = y.sigmoid()
     found["loss d"], _ = discriminator_loss(judge, prior, codes, 1.0)
     found["loss d"].backward()
     grads = {f"d {n}": p.grad.clone() for n, p in discriminator.named_parameters()}
-    discriminator.requires_grad_(False)
-    found["loss prior"] = fooling_loss(discriminator(codes))
-    discriminator.requires_grad_(True)
+    found["loss prior"] = fooling_loss(discriminator, codes)
     (loss + 0.1 * found["loss prior"]).backward()
     found = {name: value.detach().clone() for name, value in found.items()}
     if world_size() > 1:
@@ -365,13 +366,13 @@ def step_of_a_rank(estimator: str, dtype: torch.dtype) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_rank(estimator, ranks):
+def test_processes_equal_one(estimator, ranks):
     one = step_of_a_rank(estimator, torch.float64)
     for many in run_ranks(step_of_a_rank, ranks, estimator, torch.float64):
         assert_same(many, one, 1e-9)
 
 
-def test_ranks_equal_one_rank_in_float32():
+def test_processes_equal_one_in_float32():
     one = step_of_a_rank("dv", torch.float32)
     assert_same(run_ranks(step_of_a_rank, 2, "dv", torch.float32)[1], one, 1e-3)
 
@@ -386,7 +387,7 @@ def assert_same(ours: dict, theirs: dict, tolerance: float) -> None:
 
 
 def local_dv(scale: float) -> torch.Tensor:
-    """Gradient of the global dv of this rank's slice of fixed summaries and parts."""
+    """Gradient of the global dv of this process's slice of fixed summaries and parts."""
     n = 8 // world_size()
     part = slice(rank() * n, (rank() + 1) * n)
     summaries = random(8, 3, seed=30, scale=scale)[part].requires_grad_()
@@ -395,7 +396,7 @@ def local_dv(scale: float) -> torch.Tensor:
 
 
 def test_dv_takes_one_logarithm_over_all_ranks():
-    """The mean of the ranks' own logarithms is another number (Jensen): by a lot when scores vary."""
+    """The mean of the processes' own logarithms is another number (Jensen): by a lot when scores vary."""
     whole = local_dv(3.0)
     ranks = run_ranks(local_dv, 4, 3.0)
     torch.testing.assert_close(torch.stack([r[0] for r in ranks]).mean(), whole[0])
@@ -415,20 +416,20 @@ def test_cifar_input_is_the_image_and_stl_a_crop_at_full_resolution():
     for preset, size in (("cifar10", 32), ("stl10", 96)):
         cfg = PRESETS[preset][1]
         pixels = torch.randint(0, 256, (6, 3, size, size), generator=generator_, dtype=torch.uint8)
-        stats = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
-        recipe = one_view(cfg.image_size, crop_area=cfg.crop_area, flip=cfg.flip, **stats)
+        recipe = one_view(replace(cfg, normalize="none"))
         (made,) = recipe(pixels, recipe.sample(6, generator_))
         if preset == "cifar10":
             torch.testing.assert_close(made, pixels / 255)
         else:
             for image, view in zip(pixels / 255, made, strict=True):
-                windows = torch.stack([image.unfold(1, 64, 1).unfold(2, 64, 1)[:, i, j] for i in range(33)
-                                       for j in range(33)])  # fmt: skip
+                windows = torch.stack(
+                    [image.unfold(1, 64, 1).unfold(2, 64, 1)[:, i, j] for i in range(33) for j in range(33)]
+                )
                 nearest = min(float((w - view).abs().amax((1, 2, 3)).min()) for w in (windows, windows.flip(3)))
                 assert nearest < 1e-5
 
 
-EXPECTED = {  # alpha, beta, gamma, estimator, epochs, batch; the reference's section 3
+EXPECTED = {  # alpha, beta, gamma, estimator, epochs, batch; arXiv:1808.06670, section 4
     "cifar10": (0.0, 1.0, 0.1, "jsd", 1000, 64),
     "cifar10-infonce": (0.0, 1.0, 0.1, "infonce", 1000, 64),
     "cifar10-global": (1.0, 0.0, 1.0, "jsd", 1000, 64),
@@ -442,7 +443,7 @@ def test_recipe_equals_the_reference(preset):
     assert (cfg.alpha, cfg.beta, cfg.gamma, cfg.estimator, cfg.epochs, cfg.batch_size) == EXPECTED[preset]
     assert (cfg.lr, cfg.discriminator_lr, cfg.decay, cfg.penalty) == (1e-4, 1e-4, "none", 1.0)
     assert (cfg.mi_units, cfg.width, cfg.y_dim, cfg.output) == (2048, 1.0, 64, "conv")
-    assert not cfg.grey and not cfg.contrast
+    assert not cfg.grayscale and not cfg.contrast
     assert {row["protocol"] for row in PUBLISHED[preset]} == {"conv-mlp", "fc-mlp", "y-mlp"}
 
 
@@ -457,13 +458,14 @@ def test_preset_builds(preset):
     assert y.shape == (4, 64) and tuple(pairs) == terms
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    (dict(alpha=0.0, beta=0.0), "--alpha or --beta must be above 0"),
-    (dict(beta=-1.0, alpha=2.0), "none negative"),
-    (dict(image_size=4), "--image-size 4 is too small for --layout basic32"),
-    (dict(width=0.0), "--width 0.0 leaves a layer without channels"),
-    (dict(width=0.001), "leaves a layer without channels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(alpha=0.0, beta=0.0), "--alpha or --beta must be above 0"),
+        (dict(image_size=4), "--image-size 4 is too small for --layout basic32"),
+        (dict(width=0.001), "leaves a layer without channels"),
+    ],
+)
 def test_settings_that_cannot_train_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         check(replace(Config(), **changes))
@@ -476,7 +478,7 @@ def test_held_out_retrieval_is_that_of_training_in_eval_mode():
     torch.manual_seed(0)
     model = DIM(Encoder(**TINY), 16, ("local", "global")).train()
     store = open_data("shapes", "test", limit=70)
-    spec = own_encoder(Encoder, arguments=TINY, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    spec = custom_encoder_spec(Encoder, arguments=TINY, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found, batch = held_out_retrieval(model, store, spec, 32, torch.device("cpu"))
     assert batch == 32 and found.keys() == {"local", "global"} and model.training
@@ -502,11 +504,11 @@ def test_mlp_probe_learns_what_a_line_cannot():
 def test_layers_are_probed_and_written_into_the_card(tmp_path):
     torch.manual_seed(0)
     arguments = dict(**TINY, output="fc")
-    spec = own_encoder(Encoder, arguments=arguments, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    spec = custom_encoder_spec(Encoder, arguments=arguments, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     model = DIM(create_backbone(spec), 16, ("local",))
     export_backbone(tmp_path, model.backbone, spec)
     accelerator, said = SimpleNamespace(device=torch.device("cpu")), []
-    run = SimpleNamespace(directory=tmp_path, seed=3, accelerator=accelerator, say=said.append)
+    run = SimpleNamespace(directory=tmp_path, seed=3, accelerator=accelerator, print=said.append)
     stores = open_data("shapes", "train", limit=150), open_data("shapes", "test", limit=100)
     report = LayerReport(run, spec, *stores, mlp_epochs=1)
     report.measure(model, batch=50)
@@ -529,7 +531,7 @@ def test_layers_are_probed_and_written_into_the_card(tmp_path):
     title, html = report.sections()[0]
     assert "held-out" in title and "y-mlp" in html and "The layer fc is the exported one" in html
     linear = dict(rows["y-linear"], protocol="linear", value=12.5, baselines={"raw pixels": 11.0, "random init": 10.0})
-    (tmp_path / "result.json").write_text(json.dumps({"evaluations": [linear]}))
+    (tmp_path / "result.json").write_text(json.dumps(make_card("dim", rows=[linear])))
     report.add_to_card()
     card = json.loads((tmp_path / "result.json").read_text())["evaluations"]
     written = {row["protocol"]: row for row in card}
@@ -537,9 +539,9 @@ def test_layers_are_probed_and_written_into_the_card(tmp_path):
     assert written["y-linear"]["baselines"]["raw pixels"] == 11.0
 
 
-def test_unlabelled_images_leave_the_retrieval_alone(tmp_path):
+def test_unlabeled_images_leave_the_retrieval_alone(tmp_path):
     torch.manual_seed(0)
-    spec = own_encoder(Encoder, arguments=dict(**TINY, output="conv"), image_size=32)
+    spec = custom_encoder_spec(Encoder, arguments=dict(**TINY, output="conv"), image_size=32)
     store = replace(open_data("shapes", "test", limit=40), labels=None)
     run = SimpleNamespace(directory=tmp_path, seed=0, accelerator=SimpleNamespace(device=torch.device("cpu")))
     report = LayerReport(run, spec, store, store)

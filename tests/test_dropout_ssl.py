@@ -18,13 +18,14 @@ from common.errors import UserError
 from common.log import TIME_FIELDS, read_metrics
 from common.vit import vit_arguments
 from eval.load import load
-from methods.dropout_ssl import metrics, report, study
+from methods.dropout_ssl import metrics
 from methods.dropout_ssl.config import ARMS, PRESETS, Config
-from methods.dropout_ssl.data import Inputs, Order, Records, labelled_rows, open_records, random_labels
-from methods.dropout_ssl.loss import alignment, bhattacharyya, entropy_split, nt_xent, r_drop, squared_split
+from methods.dropout_ssl.data import Inputs, Order, Records, labeled_rows, open_records, random_labels
+from methods.dropout_ssl.loss import alignment, bhattacharyya, entropy_split, nt_xent, r_drop
 from methods.dropout_ssl.measure import Measure, measured_steps, nt_xent_here
 from methods.dropout_ssl.model import MLP, Network, copies_of, make_noise
 from methods.dropout_ssl.noise import VAE, Additive, Channel, Element, Gaussian, Patch, mask_keys, normal, uniform
+from methods.dropout_ssl.train import compute_loss
 from tests.processes import run_command, run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- the identities (sheet 7.1) --------------------------------------------------------------------------------------
+# ---- the identities --------------------------------------------------------------------------------------------------
 
 
 def noisy_predictions(masks: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,27 +51,13 @@ def noisy_predictions(masks: int, outputs: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("masks", [2, 3, 7])
-def test_squared_loss_contains_the_invariance_loss(masks):
-    f, weight = noisy_predictions(masks, 1)
-    f, y = f[..., 0], doubles(30, seed=1)
-    error, invariance = squared_split(f, y)
-    loss = (f - y).square().mean(0)
-    torch.testing.assert_close(error + invariance, loss, rtol=0, atol=1e-10)
-    pairs = sum((f[a] - f[b]) ** 2 for a in range(masks) for b in range(masks)) / masks**2
-    torch.testing.assert_close(invariance, pairs / 2, rtol=0, atol=1e-10)
-    gradients = [torch.autograd.grad(v.mean(), weight, retain_graph=True)[0] for v in (error + invariance, loss)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
-    assert invariance.mean() > 1e-3  # the masks do something
-
-
-@pytest.mark.parametrize("masks", [2, 3, 7])
 def test_cross_entropy_splits_into_geometric_mean_and_consistency(masks):
     logits, weight = noisy_predictions(masks, 5)
     log_p, y = logits.log_softmax(-1), torch.arange(30) % 5
     geo, consistency = entropy_split(log_p, y)
     loss = torch.stack([F.cross_entropy(z, y, reduction="none") for z in logits]).mean(0)
     torch.testing.assert_close(geo + consistency, loss, rtol=0, atol=1e-10)
-    p_geo = log_p.exp().prod(0) ** (1 / masks)  # spelt out
+    p_geo = log_p.exp().prod(0) ** (1 / masks)  # spelled out
     p_geo = p_geo / p_geo.sum(-1, keepdim=True)
     torch.testing.assert_close(geo, -p_geo[torch.arange(30), y].log(), rtol=0, atol=1e-10)
     kl = torch.stack([(p_geo * (p_geo.log() - q)).sum(-1) for q in log_p]).mean(0)
@@ -85,8 +72,8 @@ def test_two_masks_are_the_bhattacharyya_distance():
     log_p, y = logits.log_softmax(-1), torch.arange(30) % 5
     geo, consistency = entropy_split(log_p, y)
     distance = bhattacharyya(*log_p)
-    spelt = -(log_p[0].exp() * log_p[1].exp()).sqrt().sum(-1).log()
-    torch.testing.assert_close(distance, spelt, rtol=0, atol=1e-10)
+    spelled = -(log_p[0].exp() * log_p[1].exp()).sqrt().sum(-1).log()
+    torch.testing.assert_close(distance, spelled, rtol=0, atol=1e-10)
     torch.testing.assert_close(distance, consistency, rtol=0, atol=1e-10)
     both = 0.5 * (F.cross_entropy(logits[0], y, reduction="none") + F.cross_entropy(logits[1], y, reduction="none"))
     torch.testing.assert_close(both, geo + distance, rtol=0, atol=1e-10)
@@ -116,16 +103,26 @@ def test_numbers_are_uniform_normal_and_independent():
     assert ((counts - 3125).square() / 3125).sum() < 63 + 5 * math.sqrt(126)
     z = normal(keys(400), 500)
     assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02 and abs((z**4).mean() - 3) < 0.1
-    for other in (uniform(keys(400, epoch=1), 500), uniform(keys(400, copy=1), 500), uniform(keys(401)[1:], 500),
-                  u.roll(1, 1)):  # fmt: skip
+    for other in (
+        uniform(keys(400, epoch=1), 500),
+        uniform(keys(400, copy=1), 500),
+        uniform(keys(401)[1:], 500),
+        u.roll(1, 1),
+    ):
         assert abs(torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1]) < 0.012  # 5 / sqrt(200,000)
 
 
 def layers(p=0.2) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     vae = VAE(8, p)
-    return {"element": (Element(p), (8, 8, 8)), "channel": (Channel(p), (8, 8, 8)), "patch": (Patch(p, 4), (3, 8, 8)),
-            "token": (Patch(p, 4), (16, 8)), "gaussian": (Gaussian(p), (3, 8, 8)), "vae": (vae, (8, 4, 4)),
-            "additive": (Additive(0.5), (3, 8, 8))}  # fmt: skip
+    return {
+        "element": (Element(p), (8, 8, 8)),
+        "channel": (Channel(p), (8, 8, 8)),
+        "patch": (Patch(p, 4), (3, 8, 8)),
+        "token": (Patch(p, 4), (16, 8)),
+        "gaussian": (Gaussian(p), (3, 8, 8)),
+        "vae": (vae, (8, 4, 4)),
+        "additive": (Additive(0.5), (3, 8, 8)),
+    }
 
 
 @pytest.mark.parametrize("name", layers())
@@ -135,7 +132,7 @@ def test_layer_keeps_the_mean_and_has_the_matched_variance(name):
     y = layer(x, keys(3000)).detach()
     assert torch.equal(layer(x, None), x)
     assert abs(y.mean() - 1) < 0.03 and abs(y.var() - 0.25) < 0.03  # p / (1 - p) = 0.25, of all five at unit scale
-    assert torch.equal(layer(x[:7], keys(3000)[5:12]), layer(x, keys(3000))[5:12])  # a rank's slice
+    assert torch.equal(layer(x[:7], keys(3000)[5:12]), layer(x, keys(3000))[5:12])  # a process's slice
     assert not torch.equal(y, layer(x, keys(3000, epoch=1)))
 
 
@@ -178,8 +175,12 @@ def vit() -> nn.Module:
     return create_backbone(BackboneSpec("vit_tiny_patch16_224", arguments=arguments, image_size=16))
 
 
-NETWORKS = {"mlp": (lambda: MLP(12, 16), (12,)), "resnet": (resnet, (3, 16, 16)), "vit": (vit, (3, 16, 16)),
-            "resnet-bn": (lambda: resnet("batch"), (3, 16, 16))}  # fmt: skip
+NETWORKS = {
+    "mlp": (lambda: MLP(12, 16), (12,)),
+    "resnet": (resnet, (3, 16, 16)),
+    "vit": (vit, (3, 16, 16)),
+    "resnet-bn": (lambda: resnet("batch"), (3, 16, 16)),
+}
 KINDS = {arm.noise for arm in ARMS.values()}
 IMPOSSIBLE = {("mlp", "channel"), ("mlp", "patch"), ("vit", "channel")}
 
@@ -204,7 +205,7 @@ def test_every_noise_in_every_network(name, kind):
     assert changed == (kind != "none")
     assert (not torch.allclose(noisy.features, other.features)) == (kind not in ("none", "head"))
     assert (noisy.kl > 0) == (kind == "vae")
-    # The common noise is the same for all arms and leaves the own layer out.
+    # The common noise is the same for all arms and bypasses the arm's layer.
     common = network(x, keys(6), common=True)
     torch.testing.assert_close(common.features, network.backbone(Element(0.3)(x, keys(6))))
     part = network(x[2:5], keys(6)[2:5])  # eval mode: nothing couples the samples
@@ -223,7 +224,7 @@ def test_noise_does_not_change_the_initial_weights():
 
 
 def test_noise_behind_an_unknown_stem_is_refused():
-    with pytest.raises(UserError, match="MLP, ViTs and ResNets"):
+    with pytest.raises(UserError, match="an MLP, ViT or ResNet"):
         make_noise("vae", nn.Linear(3, 3), p=0.2, sigma=0.5, patch=4)
 
 
@@ -269,7 +270,7 @@ def test_loss_and_gradient_against_a_loop(fast, slow):
 
 
 def step_of_a_rank(arm_name: str, norm: str, rank: int, ranks: int) -> tuple[float, list]:
-    """The update of train.py for a rank's slice of a batch of 16 forward passes: (loss, gradients)."""
+    """The update of train.py for a process's slice of a batch of 16 forward passes: (loss, gradients)."""
     from common.distributed import sync_batchnorm
 
     arm = ARMS[arm_name]
@@ -277,20 +278,14 @@ def step_of_a_rank(arm_name: str, norm: str, rank: int, ranks: int) -> tuple[flo
     torch.manual_seed(0)
     network = Network(MLP(12, 16, norm=norm).double(), 5, 0.3).double()
     network.set_noise(*make_noise(arm.noise, network.backbone, p=0.3, sigma=0.5, patch=4))
-    network = sync_batchnorm(network.double(), "cpu")
+    network = sync_batchnorm(network.double())
     x, y = doubles(40, 12), torch.arange(40) % 5
     rows, epochs = Order(torch.arange(40), 16 // k, 0)(2)
     part = slice(rank * (len(rows) // ranks), (rank + 1) * (len(rows) // ranks))
     rows, epochs = rows[part], epochs[part]
     mask = torch.cat([mask_keys(0, "train", epochs * (not arm.frozen), rows, c) for c in range(k)])
-    out = network(copies_of(x[rows], k), mask)
-    loss = F.cross_entropy(out.logits, y[rows].repeat(k))
-    if arm.auxiliary == "nt_xent":
-        loss = loss + nt_xent(*out.features.chunk(2), 0.5)
-    if arm.auxiliary == "r_drop":
-        loss = loss + r_drop(*out.logits.chunk(2))
-    if arm.kl:
-        loss = loss + 0.01 * out.kl
+    cfg = Config(lambd=1.0, alpha=1.0, beta=0.01)
+    loss, _ = compute_loss(network, copies_of(x[rows], k), mask, y[rows], arm, cfg)
     loss.backward()
     return loss.item(), [p.grad for p in network.parameters() if p.grad is not None]
 
@@ -304,10 +299,19 @@ def averaged(arm_name: str, norm: str):
     return loss, [g / dist.get_world_size() for g in gradients]
 
 
-@pytest.mark.parametrize("arm, norm, ranks", [("A1", "group", 2), ("A2", "group", 4), ("A4", "group", 2),
-                                              ("A5", "group", 4), ("A5", "batch", 2), ("A5r", "group", 4),
-                                              ("A6", "batch", 4)])  # fmt: skip
-def test_ranks_equal_one(arm, norm, ranks):
+@pytest.mark.parametrize(
+    "arm, norm, ranks",
+    [
+        ("A1", "group", 2),
+        ("A2", "group", 4),
+        ("A4", "group", 2),
+        ("A5", "group", 4),
+        ("A5", "batch", 2),
+        ("A5r", "group", 4),
+        ("A6", "batch", 4),
+    ],
+)
+def test_processes_equal_one(arm, norm, ranks):
     loss, gradients = step_of_a_rank(arm, norm, 0, 1)
     found = run_ranks(averaged, ranks, arm, norm)
     assert sum(f[0] for f in found) / ranks == pytest.approx(loss, abs=1e-10)
@@ -347,12 +351,12 @@ def test_order_visits_every_record_once_an_epoch(n, per_step):
 
 
 def test_budgets_are_nested_and_random_labels_stay():
-    small, large = labelled_rows(1000, 50, 1), labelled_rows(1000, 200, 1)
-    assert torch.equal(small, large[:50]) and len(labelled_rows(1000, 0, 1)) == 1000
-    assert not torch.equal(small, labelled_rows(1000, 50, 2))
+    small, large = labeled_rows(1000, 50, 1), labeled_rows(1000, 200, 1)
+    assert torch.equal(small, large[:50]) and len(labeled_rows(1000, 0, 1)) == 1000
+    assert not torch.equal(small, labeled_rows(1000, 50, 2))
     assert torch.equal(random_labels(100, 5, 0), random_labels(100, 5, 0))
     with pytest.raises(UserError, match="has 1000 training records"):
-        labelled_rows(1000, 1001, 0)
+        labeled_rows(1000, 1001, 0)
 
 
 def test_zipped_batch_has_every_copy_of_every_record():
@@ -402,8 +406,8 @@ def test_tables_and_images_that_do_not_fit_are_refused(monkeypatch, tmp_path):
         open_records("shapes", "train", device=torch.device("cpu"))
     from common.data import ImageStore
 
-    unlabelled = ImageStore(name="x", fingerprint="", images=torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
-    monkeypatch.setattr(data, "open_data", lambda *a, **k: unlabelled)
+    unlabeled = ImageStore(name="x", fingerprint="", images=torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(data, "open_data", lambda *a, **k: unlabeled)
     with pytest.raises(UserError, match="needs a label"):
         open_records("shapes", "train", device=torch.device("cpu"))
 
@@ -412,13 +416,14 @@ def test_images_reach_the_network_whole_unless_they_are_cropped():
     from methods.dropout_ssl.augment import one_view
 
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    records = Records(inputs=images, labels=torch.zeros(6, dtype=torch.long), classes=1, name="", fingerprint="",
-                      label_name="")  # fmt: skip
-    look = dict(crop_scale=(0.3, 1.0), mean=(0.5,) * 3, std=(0.5,) * 3)
+    records = Records(
+        inputs=images, labels=torch.zeros(6, dtype=torch.long), classes=1, name="", fingerprint="", label_name=""
+    )
+    cfg = Config(image_size=16, crop_scale=(0.3, 1.0), normalize="shapes")
     rows = torch.tensor([4, 1, 5, 0])
-    whole = Inputs(records, one_view(16, crop_flip=False, **look), 0)
+    whole = Inputs(records, one_view(cfg, crop_flip=False), 0)
     torch.testing.assert_close(whole(rows, 3), images[rows] / 127.5 - 1, rtol=0, atol=1e-5)
-    cropped = Inputs(records, one_view(16, crop_flip=True, **look), 0)
+    cropped = Inputs(records, one_view(cfg, crop_flip=True), 0)
     assert not torch.allclose(cropped(rows, 3), whole(rows, 3))
     assert torch.equal(cropped(rows, 3, slice(2, 4)), cropped(rows, 3)[2:])
     assert not torch.equal(cropped(rows, 3), cropped(rows, 4))
@@ -448,7 +453,7 @@ def test_similarities_and_variance_against_loops():
 
 
 def test_a_shared_mean_does_not_pass_for_agreement():
-    """Pitfall 1: with a large common offset all raw cosines are 1."""
+    """With a large common offset all raw cosines are 1."""
     h = doubles(8, 200, 30) + 100
     found = metrics.similarity_of_pairs(h, torch.arange(200) % 4)
     assert abs(found["s_same"]) < 0.05 and found["V"] > 0.9
@@ -460,8 +465,11 @@ def test_contrast_by_kind_of_negative_against_loops():
     found = metrics.contrast(h, y, temperature)
     c = h - h.mean((0, 1))
     z, labels = [*c[0], *c[1]], [*y.tolist(), *y.tolist()]
-    for name, fits in (("all", lambda i, j: True), ("other", lambda i, j: labels[i] != labels[j]),
-                       ("same", lambda i, j: labels[i] == labels[j])):  # fmt: skip
+    for name, fits in (
+        ("all", lambda i, j: True),
+        ("other", lambda i, j: labels[i] != labels[j]),
+        ("same", lambda i, j: labels[i] == labels[j]),
+    ):
         rows = []
         for i in range(16):
             partner = (i + 8) % 16
@@ -519,7 +527,7 @@ def make_measure(network: Network, **changes) -> Measure:
 
 
 def test_measuring_uses_noise_in_eval_mode_and_leaves_no_trace():
-    """Pitfall 2: in plain eval mode all masks would agree."""
+    """In plain eval mode all masks would agree."""
     torch.manual_seed(0)
     network = Network(MLP(12, 16, norm="batch"), 5, 0.3)
     network.set_noise(*make_noise("gaussian", network.backbone, p=0.3, sigma=0.5, patch=4))
@@ -559,8 +567,10 @@ def test_gradient_cosines_are_of_the_named_losses():
         return torch.cat([w.grad.flatten() for w in weights]).double()
 
     labels = gradient(lambda a, b: 0.5 * (F.cross_entropy(a.logits, y) + F.cross_entropy(b.logits, y)))
-    for name, loss in (("alignment", lambda a, b: slow_alignment(a.features, b.features)),
-                       ("nt_xent", lambda a, b: slow_nt_xent(a.features, b.features, 0.5))):  # fmt: skip
+    for name, loss in (
+        ("alignment", lambda a, b: slow_alignment(a.features, b.features)),
+        ("nt_xent", lambda a, b: slow_nt_xent(a.features, b.features, 0.5)),
+    ):
         assert found[f"gradient_{name}"] == pytest.approx(cos(labels, gradient(loss)), abs=1e-4)
 
 
@@ -584,11 +594,26 @@ def test_presets_hold_the_design():
     assert (simcse.p, simcse.temperature, simcse.pretrain_share, simcse.protocol) == (0.1, 0.05, 1.0, "common")
     assert set(Config.__dataclass_fields__["arm"].type.__args__) == set(ARMS)
     assert [a for a, arm in ARMS.items() if arm.frozen] == ["A2"] and ARMS["A2"] == replace(
-        ARMS["A1"], about=ARMS["A2"].about, frozen=True)  # fmt: skip
+        ARMS["A1"], about=ARMS["A2"].about, frozen=True
+    )
 
 
-TABLE = ("table", "--no-eval", "--steps", 6, "--labels", 200, "--batch-size", 32, "--measured", 60, "--masks", 2,
-         "--log-every", 2)  # fmt: skip
+TABLE = (
+    "table",
+    "--no-eval",
+    "--steps",
+    6,
+    "--labels",
+    200,
+    "--batch-size",
+    32,
+    "--measured",
+    60,
+    "--masks",
+    2,
+    "--log-every",
+    2,
+)
 IMAGE_ARMS = ("A1s", "A1p", "A8")
 
 
@@ -642,11 +667,12 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(lines[0]) == len(lines[1]) > 12
     for two, one in zip(*lines, strict=True):
         assert two.get("kind") == one.get("kind")
-        left_out = (*TIME_FIELDS, "kind", "feature_std")  # the spread over a rank's own rows
+        left_out = (*TIME_FIELDS, "kind", "feature_std")  # the spread over a process's own rows
         numbers = [{k: v for k, v in line.items() if k not in left_out} for line in (two, one)]
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=1e-4)
-    torch.testing.assert_close(*(state_of(tmp_path / n / "dropout_ssl-table") for n in ("two", "one")), rtol=1e-3,
-                               atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        *(state_of(tmp_path / n / "dropout_ssl-table") for n in ("two", "one")), rtol=1e-3, atol=1e-4
+    )
     rates = [line["lr"] for line in lines[1] if "loss" in line]
     assert rates[0] > rates[2] < rates[3]  # each phase has its own cosine
 
@@ -690,125 +716,3 @@ def test_every_arm_trains_from_the_same_start(tmp_path):
         assert backbone(torch.zeros(2, 16)).shape == (2, 256) and spec.name == "methods.dropout_ssl.model:MLP"
     for arms in start.values():
         assert len({json.dumps(first) for first in arms.values()}) == 1
-
-
-# ---- the study -------------------------------------------------------------------------------------------------------
-
-
-def test_intervals_are_students_and_one_seed_decides_nothing():
-    mean, low, high = report.interval([1.0, 2.0, 3.0, 6.0])
-    half = 3.182 * math.sqrt(14 / 3) / 2
-    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half))
-    assert report.interval([5.0]) == (5, -math.inf, math.inf)
-    low, high = report.bootstrap([1.0, 2.0, 3.0, 6.0])
-    assert 1 <= low < 3 < high <= 6 and report.bootstrap([2.0, 2.0]) == (2, 2)
-    up, down = (report.Condition("A1", "V", "A0", sign) for sign in "+-")
-    same, no_more = (report.Condition("A6", "V", "A1", sign) for sign in ("=", "not +"))
-    assert [report.judge(up, v) for v in ([1, 1.1, 0.9], [-1, -1.1, -0.9], [1, -1, 0.5], [3.0], [])] == [
-        "holds", "fails", "open", "open", "not run"]  # fmt: skip
-    assert [report.judge(down, v) for v in ([1, 1.1, 0.9], [-1, -1.1, -0.9])] == ["fails", "holds"]
-    assert [report.judge(same, v) for v in ([1, -1, 0.5], [1, -1], [1, 1.1, 0.9], [-1, -1.1, -0.9])] == [
-        "holds", "open", "fails", "fails"]  # fmt: skip
-    assert [report.judge(no_more, v) for v in ([-1, -1.1, -0.9], [1, 1.1, 0.9])] == ["holds", "fails"]
-
-
-def made_up(difference: float, budgets=(250, 4000), seeds=4, fewest: float = 0.0) -> report.Study:
-    """Cards in which A1 is `difference` better than A0 and A2 in everything, seeds scattered in common."""
-    better = {"V": -1, "g_inst": 1, "g_cls": 1, "nt_xent_all_0.5": -1, "nt_xent_same_0.5": -1, "nt_xent_other_0.5": -1,
-              "alignment": -1, "consistency": -1, "ce_geo": -1, "gradient_nt_xent": 1, "gradient_alignment": 1,
-              "rank": 1}  # fmt: skip
-    cards = {}
-    for arm in ("A0", "A1", "A2"):
-        for labels in budgets:
-            for seed in range(seeds):
-                gain = difference * (arm == "A1")
-                lines = []
-                for step, share in ((0, 0.0), (10, 0.5), (20, 1.0)):
-                    values = {m: 1 + 0.2 * seed + share * sign * gain * (1 + 0.01 * seed) for m, sign in better.items()}
-                    lines.append({"step": step, "epoch": step / 5, "kind": "held-out", "accuracy": 50.0, **values})
-                accuracy = 60 + seed + gain * (1 + (labels == budgets[0]) * fewest + 0.01 * seed)
-                cards[arm, labels, seed] = {"measurements": lines, "evaluations": [{"value": accuracy}]}
-    return report.Study("m", "g", "made up", ("A0", "A1", "A2"), budgets, cards, len(cards))
-
-
-def test_verdicts_follow_the_rule():
-    for difference, expected in ((0.5, "supported"), (-0.5, "refuted"), (0.0, "undecided")):
-        found = made_up(difference)
-        for name in ("weak", "strong", "H1"):
-            assert report.verdict(found, name, 250)[0] == expected, (name, difference)
-        assert report.verdict(found, "H3", 250)[0] == report.verdict(found, "H4", 250)[0] == "not run"
-    assert report.verdict(made_up(0.5, seeds=1), "strong", 250)[0] == "undecided"
-    gap = next(c for c in report.CONDITIONS["H5"][1] if c.other == report.FEWEST)
-    assert made_up(0.5, fewest=1.0).pairs(gap, 250) == pytest.approx([0.5] * 4)
-    assert made_up(0.5, budgets=(250,)).pairs(gap, 250) == []
-    start = next(c for c in report.CONDITIONS["H1"][1] if c.other == report.START)
-    assert made_up(0.5).pairs(start, 250) == pytest.approx([-0.5 * (1 + 0.01 * s) for s in range(4)])
-
-
-def test_page_is_whole_and_escaped():
-    found = replace(made_up(0.5), about="<b>made</b> up")
-    text = report.write_page(found)
-    assert text.count("supported") > 3 and "<b>made" not in text and "A2 beside A1" in text
-    assert text[: text.index("</ol>")].count("<li>") == 5 and "http" not in text.replace("http-equiv", "")
-    assert text.count("data:image/png") == 2 * 8 + 1  # of two budgets, and their summary
-    assert "No run is done" in report.write_page(replace(found, cards={}))
-    assert report.markdown(found).count("\n| A1 | 4 |") == 2
-
-
-def test_study_runs_resumes_and_refuses_others(tmp_path):
-    arguments = study.Arguments(grid="smoke", out=tmp_path / "s", limit=2)
-    assert len(study.items(arguments)) == 6 and [i.variant for i in study.items(arguments)[:3]] == ["A0", "A1", "A2"]
-    flags = ("--grid", "smoke", "--out", tmp_path / "s", "--seeds", 1)
-    code, text = run_command("methods.dropout_ssl.study", *flags, "--limit", 2, log=tmp_path / "log")
-    assert code == 0 and "[2/2]" in text and "left" in text, text
-    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*/result.json")}
-    assert len(first) == 2
-    code, text = run_command("methods.dropout_ssl.study", *flags, log=tmp_path / "log")
-    assert code == 0 and "3 runs, 2 done" in text and "[1/1]" in text, text
-    assert all(p.stat().st_mtime_ns == t for p, t in first.items())
-    cards = [json.loads(p.read_text()) for p in sorted((tmp_path / "s").glob("*/result.json"))]
-    assert [c["config"]["arm"] for c in cards] == ["A0", "A1", "A2"]
-    for card in cards:
-        kinds = {m["kind"] for m in card["measurements"]}
-        assert kinds == {"held-out", "train"} and str(tmp_path) not in json.dumps(card)
-        assert card["evaluations"][0]["protocol"] == "supervised" and card["evaluations"][0]["value"] > 30
-    page = (tmp_path / "s" / "study.html").read_text()
-    assert "3 of 3 runs" in page and "A2 beside A1" in page
-    assert "| A2 | 1 |" in (tmp_path / "s" / "study.md").read_text()
-    kept = tmp_path / "s" / "cards.jsonl"
-    again = ("--grid", "smoke", "--seeds", 1, "--cards", kept, "--out", tmp_path / "t")
-    code, text = run_command("methods.dropout_ssl.study", *again, log=tmp_path / "log")
-    assert code == 0, text
-    for name in ("study.md", "cards.jsonl"):
-        assert (tmp_path / "t" / name).read_text() == (tmp_path / "s" / name).read_text()
-    code, text = run_command("methods.dropout_ssl.study", "--grid", "quick", "--cards", kept, "--out", tmp_path / "t",
-                             log=tmp_path / "log")  # fmt: skip
-    assert code == 2 and "is of the grid quick" in text
-    code, text = run_command("methods.dropout_ssl.study", *flags, "--plan", log=tmp_path / "log")
-    assert code == 0 and text.count("done") >= 3, text
-    path = tmp_path / "s" / "A0-n200-seed0" / "result.json"
-    path.write_text(json.dumps({**cards[0], "config": {**cards[0]["config"], "p": 0.9}}))
-    code, text = run_command("methods.dropout_ssl.study", *flags, log=tmp_path / "log")
-    assert code == 2 and "is of another study (p 0.9, not 0.2)" in text
-
-
-def test_quickstart_is_the_study(tmp_path):
-    code, text = run_command("methods.dropout_ssl.train", "quickstart", "--plan", "--out", tmp_path, log=tmp_path / "l")
-    assert code == 0 and "quick: embedded shapes" in text and "A2-n1000-seed1" in text
-    assert not list(tmp_path.glob("dropout*"))
-    assert "--out and --plan alone" in refused(tmp_path, "quickstart", "--seed", 3)
-    code, text = run_command(
-        "methods.dropout_ssl.study", "--grid", "smoke", log=tmp_path / "l", env={"WORLD_SIZE": "2"}
-    )
-    assert code == 2 and "one process after another" in text
-
-
-def test_every_grid_names_presets_and_arms():
-    for name in study.GRIDS:
-        args = study.Arguments(grid=name)
-        configs = [study.config_of(item, args) for item in study.items(args)]
-        assert len({item.name for item in study.items(args)}) == len(configs)
-        assert {c.arm for c in configs} <= set(ARMS) and all(not c.study for c in configs)
-        assert {"A0", "A1", "A2"} <= {c.arm for c in configs}
-    assert len(study.items(study.Arguments(grid="cifar10"))) == 4 * 3 * 2
-    assert study.config_of(study.Item("A6-K4", 250, 1), study.Arguments(grid="tabular")).copies == 4

@@ -3,25 +3,32 @@
 import inspect
 import json
 import math
+import re
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.backbones import BackboneSpec, create_backbone, export_backbone
-from common.data import open_data
+from common.config import RunConfig
+from common.data import ImageStore, open_data
 from common.errors import UserError
-from common.run import RunConfig
-from common.shapes import FACTORS, render, sample_factors
-from eval import linear, metrics, probes
+from common.rng import generator
+from common.shapes import FACTORS, render, sample_factors, sample_pair_factors
+from eval import linear, metrics, mlp, probes
 from eval.__main__ import Arguments, main
-from eval.features import RawPixels, extract_features
-from eval.knn import knn_accuracy, knn_predict
+from eval.card import load_cards
+from eval.features import RawPixels, extract_features, place, standardized, standardizer
+from eval.knn import knn_accuracy, knn_predict, knn_rank
 from eval.load import load, random_init
-from eval.protocols import PROTOCOLS, check_protocols, evaluate, merge_rows, results_table
+from eval.protocols import PROTOCOLS, cannot_run, check_protocols, evaluate, results_table
+from tests.test_compare import make_card, make_row
 
 STATISTICS = {"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
@@ -35,8 +42,16 @@ def blobs(n, d, classes, seed, noise=1.0):
 
 
 def tiny_spec():
-    return BackboneSpec("resnet18", stem="cifar", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8,
-                        image_size=32, mean=STATISTICS["mean"], std=STATISTICS["std"])
+    return BackboneSpec(
+        "resnet18",
+        stem="cifar",
+        layers=(1, 1, 1, 1),
+        channels=(8, 8, 16, 16),
+        stem_width=8,
+        image_size=32,
+        mean=STATISTICS["mean"],
+        std=STATISTICS["std"],
+    )
 
 
 def tiny(seed=0):
@@ -93,10 +108,83 @@ def test_knn_settings_share_one_pass_and_chunks_do_not_matter():
             assert torch.equal(knn_predict(train_x, train_y, test_x, settings, chunk=chunk)[setting], together[setting])
 
 
+def test_knn_with_a_part_of_the_training_images_at_once_is_knn_with_all():
+    (train_x, train_y), (test_x, _) = blobs(300, 16, 7, 1, noise=3.0), blobs(101, 16, 7, 2, noise=3.0)
+    settings = ((5, 0.07), (40, 0.1), (200, 0.1))
+    expected = knn_predict(train_x, train_y, test_x, settings)
+    for bank, chunk in ((299, None), (64, 10), (7, 101)):
+        found = knn_predict(train_x, train_y, test_x, settings, chunk=chunk, bank=bank)
+        assert all(torch.equal(found[setting], expected[setting]) for setting in settings), (bank, chunk)
+
+
+def test_knn_ranks_the_classes_that_neighbors_have():
+    (train_x, train_y), (test_x, _) = blobs(90, 8, 7, 1, noise=4.0), blobs(25, 8, 7, 2, noise=4.0)
+    ranking = knn_rank(train_x, train_y, test_x, ((4, 0.5),), num_classes=9)[4, 0.5]
+    assert ranking.shape == (25, 5)
+    for query, found in zip(test_x, ranking.tolist(), strict=True):
+        cosines = F.cosine_similarity(query[None], train_x)
+        scores = [0.0] * 9
+        for i in cosines.topk(4).indices.tolist():
+            scores[int(train_y[i])] += math.exp(float(cosines[i]) / 0.5)
+        order = sorted((c for c in range(9) if scores[c] > 0), key=lambda c: -scores[c])
+        assert found == [*order, *[-1] * 5][:5]
+    assert (ranking == -1).any() and (ranking[:, 1] >= 0).any()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: most bytes that the tensors of operations inside held at once, those they were given included."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.live = {key: item for key, item in self.live.items() if not item[0].expired()}
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear", "mlp"])
+def test_a_probe_needs_little_memory_beyond_its_features(probe, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_STEPS", 1)
+    (x, y), (test_x, test_y) = blobs(12_000, 512, 4, 1), blobs(100, 512, 4, 2)
+    with LiveBytes() as live:
+        if probe == "knn":
+            knn_rank(x, y, test_x, bank=2048)
+        elif probe == "linear":
+            linear.linear_probe(x, y, test_x, test_y, epochs=1, batch_size=4096, rates=(0.1, 0.3))
+        else:
+            mlp.mlp_probe(x, y, test_x, test_y, epochs=1, rates=(0.001,))
+    features = x.numel() * x.element_size()
+    assert features < live.peak < 1.7 * features  # once the features themselves
+
+
+def test_features_that_do_not_fit_the_device_stay_on_the_host_and_are_the_same_numbers():
+    x, _ = blobs(900, 200, 4, 1)
+    assert place(x, "meta", free=2.1 * 4 * x.numel()).device.type == "meta"
+    assert place(x, "meta", free=1.9 * 4 * x.numel()).device.type == "cpu"
+    assert place(x, "cpu") is x
+    rows = torch.arange(0, 900, 3)
+    part, expected = standardized(x, rows, device="cpu"), standardizer(x[rows])
+    assert torch.equal(part.all(), expected(x[rows])) and torch.equal(part.of(x).all(), expected(x))
+    assert torch.equal(part[torch.tensor([5, 1])], expected(x[[15, 3]]))
+    assert [len(piece) for piece in part.split(128)] == [128, 128, 44]
+
+
 def test_knn_takes_all_of_a_small_training_set_and_survives_a_tiny_temperature():
     (train_x, train_y), (test_x, _) = blobs(30, 8, 3, 1), blobs(20, 8, 3, 2)
-    assert torch.equal(knn_predict(train_x, train_y, test_x, ((200, 0.1),))[200, 0.1],
-                       knn_predict(train_x, train_y, test_x, ((30, 0.1),))[30, 0.1])
+    assert torch.equal(
+        knn_predict(train_x, train_y, test_x, ((200, 0.1),))[200, 0.1],
+        knn_predict(train_x, train_y, test_x, ((30, 0.1),))[30, 0.1],
+    )
     nearest = knn_predict(train_x, train_y, test_x, ((1, 0.1), (30, 1e-4)))  # exp(1 / 1e-4) overflows
     assert torch.equal(nearest[1, 0.1], nearest[30, 1e-4])
 
@@ -117,8 +205,9 @@ def test_bank_equals_each_head_trained_alone_by_torch():
     heads = [nn.Linear(6, 4) for _ in rates]
     for head in heads:
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    optimizers = [torch.optim.SGD(h.parameters(), lr=r, momentum=0.9, nesterov=True)
-                  for h, r in zip(heads, rates, strict=True)]
+    optimizers = [
+        torch.optim.SGD(h.parameters(), lr=r, momentum=0.9, nesterov=True) for h, r in zip(heads, rates, strict=True)
+    ]
     steps = epochs * 4
     for step in range(steps):
         part = slice(step % 4 * 16, step % 4 * 16 + 16)
@@ -182,8 +271,12 @@ def test_linear_probe_reaches_the_logistic_optimum_at_any_scale(scale):
     optimizer.step(closure)
     optimum = 100 * (head(test_x).argmax(1) == test_y).double().mean().item()
     dead = torch.zeros(len(train_x), 2)  # dead units and an offset must not matter
-    result = linear.linear_probe(torch.cat([train_x * scale + 3 * scale, dead], 1), train_y,
-                                 torch.cat([test_x * scale + 3 * scale, dead[:1000]], 1), test_y)
+    result = linear.linear_probe(
+        torch.cat([train_x * scale + 3 * scale, dead], 1),
+        train_y,
+        torch.cat([test_x * scale + 3 * scale, dead[:1000]], 1),
+        test_y,
+    )
     assert optimum > 60
     assert result.accuracy == pytest.approx(optimum, abs=1.5)
 
@@ -216,7 +309,7 @@ def test_rankme_and_rank_on_known_spectra(shape):
     for k in (1, 3, 10):
         x = with_spectrum([2.5] * k, *shape)
         assert metrics.rankme(x) == pytest.approx(k, rel=1e-4)
-        assert metrics.numerical_rank(x.float()) == k
+        assert metrics.rank_of_spectrum(metrics.singular_values(x.float()), max(x.shape)) == k
     x = with_spectrum([1.0, 0.5, 0.25], *shape)
     p = torch.tensor([4 / 7, 2 / 7, 1 / 7], dtype=torch.float64) + 1e-7
     assert metrics.rankme(x) == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-4)
@@ -296,9 +389,9 @@ def test_few_images_of_many_dimensions_give_the_same_numbers(monkeypatch):
     compact = linear.linear_probe(x, y, test_x, test_y)
     targets = {"a": x @ torch.ones(200)}, {"a": test_x @ torch.ones(200)}
     ridge = probes.ridge_probes(x, targets[0], test_x, targets[1])
-    assert linear.compact(x, test_x)[1].shape == (80, 60)
+    assert linear.project_to_row_space(x, test_x)[1].shape == (80, 60)
     for module in (linear, probes):
-        monkeypatch.setattr(module, "compact", lambda *tensors: tensors)
+        monkeypatch.setattr(module, "project_to_row_space", lambda *tensors: tensors)
     assert linear.linear_probe(x, y, test_x, test_y).validation == compact.validation
     assert torch.equal(linear.linear_probe(x, y, test_x, test_y).predictions, compact.predictions)
     assert probes.ridge_probes(x, targets[0], test_x, targets[1])["a"] == pytest.approx(ridge["a"])
@@ -348,6 +441,15 @@ def test_drawable_is_the_law_of_shapes():
     assert probes.drawable(factors).all()
     assert not probes.drawable({**factors, "background_hue": factors["hue"]}).any()
     assert not probes.drawable({**factors, "x": torch.full((500,), 0.05)}).any()
+
+
+def test_drawable_is_the_law_of_pairs():
+    factors = sample_pair_factors(500, seed=1)
+    assert probes.drawable(factors).all()
+    assert not probes.drawable({**factors, "hue2": factors["background_hue"]}).any()
+    assert not probes.drawable({**factors, "x2": torch.full((500,), 0.05)}).any()
+    assert not probes.drawable({**factors, "x2": factors["x1"], "y2": factors["y1"]}).any()
+    assert not probes.drawable({**factors, "y1": factors["y2"], "y2": factors["y1"]}).any()
 
 
 # ---- features --------------------------------------------------------------------------------------------------------
@@ -415,8 +517,9 @@ def test_evaluate_rows(evaluation, shapes):
     assert len(rows) == len(result.rows) and not result.skipped
     factors = shapes[0].factors
     expected = {("knn-20-0.07", "label", "top-1"), ("knn-200-0.1", "label", "top-1"), ("linear", "label", "top-1")}
-    expected |= {("label-free", "features", m)
-                 for m in ("RankMe", "rank", "alpha-ReQ", "feature std", "uniformity", "alignment")}
+    expected |= {
+        ("label-free", "features", m) for m in ("RankMe", "rank", "alpha-ReQ", "feature std", "uniformity", "alignment")
+    }
     expected |= {("factor-linear", name, "top-1" if FACTORS[name].kind == "categorical" else "R2") for name in factors}
     expected |= {("invariance", name, "relative distance") for name in factors}
     assert set(rows) == expected
@@ -444,8 +547,15 @@ def test_evaluate_rows(evaluation, shapes):
 
 def test_augmented_probe(shapes):
     def run(test):
-        return evaluate(tiny(1), shapes[0], test, protocols=["linear-augmented"], augmented_epochs=2,
-                        log=lambda _: None, **STATISTICS).rows[0]
+        return evaluate(
+            tiny(1),
+            shapes[0],
+            test,
+            protocols=["linear-augmented"],
+            augmented_epochs=2,
+            log=lambda _: None,
+            **STATISTICS,
+        ).rows[0]
 
     row = run(shapes[1])
     assert row["protocol"] == "linear-augmented" and 0 < row["value"] <= 100 and set(row["baselines"]) == {"raw pixels"}
@@ -487,7 +597,7 @@ def test_images_without_labels():
     for name in ("knn", "linear", "linear-augmented"):
         with pytest.raises(UserError, match="no labels, which " + name):
             check_protocols([name], store, store)
-    with pytest.raises(UserError, match="only shapes"):
+    with pytest.raises(UserError, match="only those of drawn images"):
         check_protocols(["factors"], store, store)
     check_protocols(["metrics"], store, store)
 
@@ -506,8 +616,9 @@ def test_some_images_without_labels_are_left_out():
 def test_images_smaller_than_the_network_are_enlarged_but_not_cropped():
     train, test = drawn("train", 40), drawn("test", 40)
     lines = []
-    result = evaluate(RawPixels(), train, test, protocols=["knn", "metrics"], log=lines.append,
-                      **(STATISTICS | {"image_size": 48}))
+    result = evaluate(
+        RawPixels(), train, test, protocols=["knn", "metrics"], log=lines.append, **(STATISTICS | {"image_size": 48})
+    )
     found = {row["metric"] for row in result.rows}
     assert "alignment" not in found and "RankMe" in found and "alignment" in " ".join(lines)
 
@@ -516,22 +627,46 @@ def test_a_run_chooses_among_all_protocols_and_may_leave_baselines_out(shapes):
     choice = get_type_hints(RunConfig)["eval_protocols"]  # tuple[Literal[...], ...]
     assert sorted(get_args(get_args(choice)[0])) == sorted(PROTOCOLS)
     train, test = shapes
-    alone, beside = (evaluate(tiny(), train, test, **STATISTICS, protocols=("knn",), random_init=tiny(1), baselines=b,
-                              log=lambda _: None).rows for b in (False, True))  # fmt: skip
+    alone, beside = (
+        evaluate(
+            tiny(), train, test, **STATISTICS, protocols=("knn",), random_init=tiny(1), baselines=b, log=lambda _: None
+        ).rows
+        for b in (False, True)
+    )
     assert [row["value"] for row in alone] == [row["value"] for row in beside]
     assert all(row["baselines"] == {} for row in alone) and all(len(row["baselines"]) == 2 for row in beside)
 
 
 def test_unknown_protocol_lists_the_valid_ones(shapes):
-    with pytest.raises(UserError, match="did you mean linear.*knn, linear, linear-augmented, metrics, factors"):
+    with pytest.raises(UserError, match="did you mean linear.*knn, linear, linear-augmented, mlp, metrics, factors"):
         evaluate(RawPixels(), *shapes, protocols=["lineer"], **STATISTICS)
 
 
-def test_merge_rows_replaces_and_appends():
-    def row(protocol, value):
-        return {"protocol": protocol, "target": "label", "metric": "top-1", "value": value}
+# ---- mlp -------------------------------------------------------------------------------------------------------------
 
-    assert merge_rows([row("a", 1), row("b", 2)], [row("b", 3), row("c", 4)]) == [row("a", 1), row("b", 3), row("c", 4)]
+
+def exclusive_or(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points in the plane whose class is the product of two signs: no line tells it."""
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 50.0]) + 3
+    return x, ((x[:, 0] > 3) ^ (x[:, 1] > 3)).long()
+
+
+def test_mlp_probe_reads_what_no_line_can():
+    (x, y), (test_x, test_y) = exclusive_or(2000, 0), exclusive_or(500, 1)
+    assert linear.linear_probe(x, y, test_x, test_y).accuracy < 65
+    result = mlp.mlp_probe(x, y, test_x, test_y, rates=(0.0001, 0.01))
+    assert result.accuracy > 97 and result.learning_rate in result.validation
+    assert result.accuracy == pytest.approx(100 * (result.predictions == test_y).double().mean().item())
+    torch.manual_seed(5)  # its randomness is its own
+    again = mlp.mlp_probe(x, y, test_x, 1 - test_y, rates=(result.learning_rate,))
+    assert torch.equal(again.predictions, result.predictions)  # nothing is chosen on test
+
+
+def test_mlp_is_no_score_of_raw_pixels(shapes, monkeypatch):
+    monkeypatch.setattr(mlp, "LEARNING_RATES", (0.003,))
+    rows = evaluate(tiny(1), *shapes, protocols=["mlp"], random_init=tiny(2), log=lambda _: None, **STATISTICS).rows
+    assert [row["protocol"] for row in rows] == ["mlp"] and rows[0]["baselines"].keys() == {"random init"}
+    assert rows[0]["settings"]["hidden"] == 512 and rows[0]["chosen"]["learning_rate"] == 0.003
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -542,9 +677,8 @@ def test_command_line_scores_a_run_and_merges(tmp_path, capsys):
     backbone = tiny(4)
     export_backbone(run, backbone, tiny_spec())
     (run / "config.json").write_text(json.dumps({"data": "shapes", "limit": 100, "seed": 3, "image_column": None}))
-    old = {"protocol": "knn-20-0.07", "target": "label", "metric": "top-1", "value": -1.0}
-    other = {"protocol": "other", "target": "label", "metric": "top-1", "value": 5.0}
-    (run / "result.json").write_text(json.dumps({"format": 1, "seed": 3, "evaluations": [old, other]}))
+    rows = [make_row("knn-20-0.07", -1.0), make_row("other", 5.0)]
+    (run / "result.json").write_text(json.dumps(make_card(seed=3, rows=rows)))
     main([str(run), "--protocols", "knn", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "knn-20-0.07" in printed and "raw pixels" in printed and "random init" in printed
@@ -555,11 +689,25 @@ def test_command_line_scores_a_run_and_merges(tmp_path, capsys):
     assert card["evaluations"][0]["value"] == expected.rows[0]["value"] and card["format"] == 1
 
     # The same file by its own path, on other data: written where asked, the card is left alone.
-    main([str(run / "backbone.safetensors"), "--data", "shapes", "--limit", "60", "--protocols", "metrics", "--device",
-          "cpu", "--out", str(tmp_path / "scores.json")])
+    main(
+        [
+            str(run / "backbone.safetensors"),
+            "--data",
+            "shapes",
+            "--limit",
+            "60",
+            "--protocols",
+            "metrics",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "scores.json"),
+        ]
+    )
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["data"]["name"] == "shapes" and scores["data"]["train_images"] == 60
     assert len(scores["evaluations"]) == 6
+    assert load_cards([tmp_path / "scores.json"])[0][1]["method"] == "backbone.safetensors"
     assert json.loads((run / "result.json").read_text()) == card
 
 
@@ -569,6 +717,7 @@ def test_command_line_mistakes(tmp_path, capsys):
         (["resnet10t"], "--data"),
         (["resnet10t", "--data", "shapes", "--protocols", ","], "--protocols is empty"),
         (["resnet10t", "--data", "shapes", "--device", "gpu"], "--device gpu"),
+        (["test_vit", "--data", "shapes", "--image-size", "33"], "33 px do not divide into patches of 16 px"),
         ([str(tmp_path), "--data", "shapes"], "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
@@ -576,6 +725,27 @@ def test_command_line_mistakes(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["resnet10t", "--protocol", "knn"])
     assert stopped.value.code == 2 and "--protocols" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "levit_128s", "mobilenetv3_small_050"])
+def test_any_network_is_scored_and_fine_tuned_at_another_size(name, tmp_path):
+    words = [
+        "--data",
+        "shapes",
+        "--limit",
+        "40",
+        "--image-size",
+        "32",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "card.json",
+    ]
+    tuning = ["--finetune.epochs", "1", "--finetune.scratch", "1"]
+    main([str(word) for word in (name, *words, "--protocols", "knn,finetune", *tuning)])
+    rows = json.loads((tmp_path / "card.json").read_text())["evaluations"]
+    assert {row["protocol"] for row in rows} > {"finetune"}
+    assert all(0 < row["value"] <= 100 and row["baselines"]["random init"] > 0 for row in rows)
 
 
 def test_load_and_random_init(tmp_path):
@@ -594,3 +764,118 @@ def test_load_and_random_init(tmp_path):
 
 def test_the_help_names_all_protocols():
     assert all(name in inspect.getsource(Arguments) for name in PROTOCOLS)
+
+
+# ---- what cannot be judged -------------------------------------------------------------------------------------------
+
+
+def labeled_store(labels, names=("a", "b", "c")):
+    images = torch.randint(0, 256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=generator(len(labels), "x"))
+    labels, names = torch.tensor(labels), None if names is None else list(names)
+    return ImageStore(name="mine", fingerprint="", images=images, labels=labels, class_names=names)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "protocols", "reason"),
+    [
+        ([0, 1] * 20, [1] * 9, ("knn", "linear", "mlp"), "labeled test images of 'mine' are all of one class, 'b'"),
+        ([2] * 40, [0, 1], ("knn", "linear"), "labeled training images of 'mine' are all of one class, 'c'"),
+        ([0, 1] * 20, [2, 2, -1], ("knn",), "labeled test images of 'mine' are all of one class, 'c'"),
+        ([0, 1] * 7 + [-1] * 99, [0, 1], ("linear", "mlp"), "needs at least 20 labeled training images .* are 14"),
+        ([-1] * 40, [0, 1], ("knn", "linear"), "the training images of 'mine' have no labels"),
+        ([0, 1] * 4, [0, 1], ("rotation",), "rotation needs at least 10 training images .* there are 8"),
+    ],
+)
+def test_impossible_evaluations_are_named(train, test, protocols, reason):
+    stores = labeled_store(train), labeled_store(test)
+    found = cannot_run((*protocols, "metrics"), *stores)
+    assert set(found) == set(protocols) and all(re.search(reason, text) for text in found.values()), found
+
+
+def test_labels_that_name_images_are_no_classes():
+    names = [str(i) for i in range(2400)]
+    many, test = labeled_store(range(2400), names), labeled_store([0, 1, 2], names)
+    assert "2,400 values for 2,400 training images" in cannot_run(["linear"], many, test)["linear"]
+    assert not cannot_run(["linear"], labeled_store([*range(1200)] * 2, names), test)
+
+
+def test_unseen_classes_are_counted_and_one_failure_costs_only_its_own_rows():
+    train, test = labeled_store([0, 1] * 10), labeled_store([0, 1, 2, 2])
+    broken = replace(PROTOCOLS["metrics"], run=lambda setup, candidate: (_ for _ in ()).throw(UserError("no room.")))
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROTOCOLS, "metrics", broken)
+        result = evaluate(tiny(1), train, test, image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, log=lines.append)
+    assert {row["protocol"].split("-")[0] for row in result.rows} == {"knn", "linear"}
+    assert result.skipped["metrics"] == "no room" and "evaluation: metrics of backbone is skipped: no room." in lines
+    assert any("2 of the 4 test images of 'mine' are of classes without a training image (c)" in line for line in lines)
+
+
+# ---- what is measured beside top-1 -----------------------------------------------------------------------------------
+
+
+def many_classes(classes: int, n: int, seed: int) -> Store:
+    """Images whose brightness tells their class a little."""
+    labels = torch.arange(n) % classes
+    noise = torch.randint(0, 60, (n, 1, 1, 1), generator=torch.Generator().manual_seed(seed))
+    return Store((labels.view(-1, 1, 1, 1) * (195 // classes) + noise).expand(-1, 3, 32, 32).to(torch.uint8), labels)
+
+
+@pytest.mark.parametrize(("classes", "asked", "found"), [(10, False, False), (10, True, True), (5, True, False)])
+def test_top5_of_few_classes_is_measured_only_when_asked(classes, asked, found):
+    stores = many_classes(classes, 120, 0), many_classes(classes, 60, 1)
+    options = dict(protocols=["knn", "linear"], top5=asked, baselines=False, log=lambda _: None, **STATISTICS)
+    rows = evaluate(nn.Sequential(nn.AvgPool2d(16), nn.Flatten()), *stores, **options).rows
+    assert [row["metric"] for row in rows] == (["top-1", "top-5"] if found else ["top-1"]) * (len(rows) // (1 + found))
+
+
+def test_top5_and_confusion_are_those_of_the_ranking():
+    stores, network = (
+        (many_classes(60, 360, 0), many_classes(60, 120, 1)),
+        nn.Sequential(nn.AvgPool2d(16), nn.Flatten()),
+    )
+    options = dict(baselines=False, log=lambda _: None, **STATISTICS)
+    result = evaluate(network, *stores, protocols=["knn", "linear"], **options)
+    rows = {(row["protocol"], row["metric"]): row for row in result.rows}
+    assert ("linear", "top-5") in rows and not any("details" in row for row in result.rows)  # 60 classes: no matrix
+    x, labels = (result.train_features, result.test_features), [store.labels for store in stores]
+    ranking = linear.linear_probe(x[0], labels[0], x[1], labels[1], num_classes=60).ranking.tolist()
+    hits = [label in row for label, row in zip(labels[1].tolist(), ranking, strict=True)]
+    assert rows["linear", "top-5"]["value"] == pytest.approx(100 * sum(hits) / len(hits))
+    assert rows["linear", "top-1"]["value"] < rows["linear", "top-5"]["value"] < 100
+    first, fifth = (rows["linear", metric] for metric in ("top-1", "top-5"))
+    assert first["settings"] == fifth["settings"] and first["text"] == fifth["text"]
+    texts = [cell for column in results_table(result.rows).columns for cell in column.cells]
+    assert f"{fifth['value']:.1f} %" in texts and "top-5" in texts
+
+    few = many_classes(8, 160, 0), many_classes(8, 64, 1)
+    result = evaluate(network, *few, protocols=["linear"], **options)
+    matrix = torch.tensor(result.rows[0]["details"]["confusion"])
+    x = result.train_features, result.test_features
+    found = linear.linear_probe(x[0], few[0].labels, x[1], few[1].labels, num_classes=8).predictions.tolist()
+    expected = torch.zeros(8, 8, dtype=torch.long)
+    for label, prediction in zip(few[1].labels.tolist(), found, strict=True):
+        expected[label, prediction] += 1
+    assert torch.equal(matrix, expected) and not torch.equal(matrix, matrix.T)
+    assert result.rows[0]["value"] == pytest.approx(100 * matrix.trace().item() / matrix.sum().item())
+
+
+# ---- an evaluation that was broken off -------------------------------------------------------------------------------
+
+
+def test_an_evaluation_goes_on_from_any_protocol_to_the_same_rows(shapes):
+    options = dict(protocols=["knn", "metrics"], random_init=tiny(2), log=lambda _: None, **STATISTICS)
+    saved: list[tuple] = []
+
+    def save(so_far):
+        saved.append((json.loads(json.dumps(so_far.rows)), json.loads(json.dumps(so_far.done))))
+
+    whole = json.loads(json.dumps(evaluate(tiny(1), *shapes, save=save, **options).rows))
+    names = ["backbone", "raw pixels", "random init"]
+    assert [sum(map(len, done.values())) for _, done in saved] == [1, 2, 3, 4, 5, 6]
+    assert saved[-1] == (whole, {name: ["knn", "metrics"] for name in names})
+    for number, (rows, done) in enumerate(saved):
+        more: list[dict] = []
+        resumed = evaluate(tiny(1), *shapes, rows=rows, done=done, save=lambda s, m=more: m.append(s.done), **options)
+        assert json.loads(json.dumps(resumed.rows)) == whole and len(more) == len(saved) - number - 1
+        assert len(resumed.test_features) == len(shapes[1])  # which the report shows

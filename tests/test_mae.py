@@ -1,4 +1,4 @@
-"""MAE: patches, masks, targets against slow versions; no masked pixel in the encoder; ranks; official layout; runs."""
+"""MAE: patches, masks, targets against slow versions; no masked pixel in the encoder; processes; layout; runs."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import read_image
 
@@ -20,8 +21,10 @@ from common.errors import UserError
 from common.log import read_metrics
 from common.optim import decay_groups
 from common.rng import generator
-from common.schedules import scaled_lr, warmup_cosine
+from common.schedules import cosine_schedule, scaled_lr
 from common.vit import sincos_positions, take
+from common.weights import Filled, fill, read_weights
+from eval.features import normalizer
 from methods.mae.augment import one_view
 from methods.mae.config import PRESETS, Config
 from methods.mae.loss import (
@@ -32,13 +35,12 @@ from methods.mae.loss import (
     unpatchify,
     visible_mean_error,
 )
-from methods.mae.masking import keep_count, mask_noise, split
-from methods.mae.official import load_official, official_state, read_weights
+from methods.mae.masking import BLOCKS, keep_count, mask_noise, split
+from methods.mae.official import decoder_tensors, official_state
 from methods.mae.reconstruct import Gallery, reconstruct, snapshot_steps
-from methods.mae.train import build
+from methods.mae.train import build, compute_loss
 from tests.processes import run_command, run_ranks
 
-STATS = ((0.5,) * 3, (0.5,) * 3)
 KINDS = ("random", "block", "grid", "window")
 
 
@@ -49,7 +51,7 @@ def small(**changes) -> Config:
 
 def model_of(cfg: Config, seed: int = 0):
     torch.manual_seed(seed)
-    return build(cfg, *STATS)[0]
+    return build(cfg)[0]
 
 
 def pixels(n: int = 4, size: int = 16, dtype=torch.float32, seed: int = 1) -> torch.Tensor:
@@ -78,7 +80,7 @@ def test_patchify_has_every_pixel_in_its_place(p, height, width):
 
 
 @pytest.mark.parametrize("p", [2, 4])
-def test_normalised_targets_are_the_formula(p):
+def test_normalized_targets_are_the_formula(p):
     images = pixels(dtype=torch.float64)
     images[0, :, :p, :p] = 0.3  # a constant patch: divided by sqrt(1e-6), not by zero
     targets = make_targets(images, p, norm_pix=True)
@@ -139,7 +141,7 @@ def test_two_argsorts_restore_the_order():
     x = torch.randn(6, 20, 5)
     shuffled = torch.cat([take(x, visible), take(x, noise.argsort(1)[:, 7:])], 1)
     assert torch.equal(take(shuffled, restore), x)
-    assert not torch.equal(take(shuffled, noise.argsort(1)), x)  # unshuffling with the shuffle: pitfall 2
+    assert not torch.equal(take(shuffled, noise.argsort(1)), x)  # unshuffling with the shuffle
     assert torch.equal(take(x, visible), x.gather(1, visible[..., None].expand(-1, -1, 5)))
 
 
@@ -149,13 +151,21 @@ def test_equal_noise_is_settled_by_position():
 
 
 def test_keep_count_does_not_truncate():
-    assert int(100 * (1 - 0.9)) == 9 and keep_count(100, 0.9) == 10  # the float trap of pitfall 3
+    assert int(100 * (1 - 0.9)) == 9 and keep_count(100, 0.9) == 10  # a float would truncate
     counts = [keep_count(*a) for a in ((196, 0.75), (64, 0.75), (256, 0.75), (16, 0.5), (10, 0.3))]
     assert counts == [49, 16, 64, 8, 7]
 
 
-@pytest.mark.parametrize(("ratio", "words"), [(1.0, "leaves no patch"), (0.99, "leaves no patch"), (1.5, "leaves no"),
-                                              (0.0, "removes no patch"), (-1.0, "removes no")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.0, "leaves no patch"),
+        (0.99, "leaves no patch"),
+        (1.5, "leaves no"),
+        (0.0, "removes no patch"),
+        (-1.0, "removes no"),
+    ],
+)
 def test_ratios_without_patches_are_refused(ratio, words):
     with pytest.raises(UserError, match=f"--mask-ratio .* {words}.* of the 16 patches.* between 0.0312 and 0.969"):
         keep_count(16, ratio)
@@ -172,7 +182,7 @@ def test_masks_are_per_sample_exact_in_number_and_keyed(kind, rows, columns):
         keep = keep_count(rows * columns, ratio)
         mask = split(noise, keep)[2]
         assert (mask.sum(1) == rows * columns - keep).all()
-        assert len(mask.unique(dim=0)) > (3 if kind == "grid" else 100)  # one draw an image, not one a batch
+        assert len(mask.unique(dim=0)) > (3 if kind == "grid" else 100)  # sampled per image, not per batch
     share = split(noise, keep_count(rows * columns, 0.75))[2].float().mean(0)
     assert 0.2 < share.min() and share.max() < 1  # corners of block masks stay more often, but none always
 
@@ -185,24 +195,43 @@ def test_grid_and_window_masks():
         cells = kept.view(300, 4, 2, 4, 2).sum((2, 4))
         assert (cells == 1).all()  # 75 %: one of every 2 x 2
     places = grid.view(300, 4, 2, 4, 2).float().argmax(2)
-    assert (grid == grid[:, :2, :2].repeat(1, 4, 4)).all() and places.any()  # the same place in every cell
+    assert (grid == grid[:, :2, :2].repeat(1, 4, 4)).all() and places.any()  # the same position in every cell
     assert not (window == window[:, :2, :2].repeat(1, 4, 4)).all()
     counts = window[:, :2, :2].float().mean(0)
-    assert counts.min() > 0.17 and counts.max() < 0.33  # every place a quarter of the time
+    assert counts.min() > 0.17 and counts.max() < 0.33  # every position a quarter of the time
     half = ~split(mask_noise("window", 50, 8, 8, generator("w"), 2), 32)[2].view(50, 4, 2, 4, 2)
     assert (half.sum((2, 4)) == 2).all()
     wide = ~split(mask_noise("window", 50, 8, 8, generator("w"), 4), 4)[2].view(50, 2, 4, 2, 4)
     assert (wide.sum((2, 4)) == 1).all()
 
 
+def test_block_noise_equals_rectangles_painted_one_by_one():
+    count, rows, columns = 20, 5, 8
+    noise = mask_noise("block", count, rows, columns, torch.Generator().manual_seed(3), 2).view(count, rows, columns)
+    stream = torch.Generator().manual_seed(3)
+    expected = torch.rand(count, rows, columns, generator=stream)
+    area, aspect, y, x = torch.rand(4, count, BLOCKS, generator=stream)
+    area, aspect = (0.08 + 0.32 * area) * rows * columns, 0.3 ** (1 - 2 * aspect)
+    heights = (area * aspect).sqrt().round().clamp(1, rows)
+    widths = (area / aspect).sqrt().round().clamp(1, columns)
+    for image in range(count):
+        painted = torch.zeros(rows, columns)
+        for block in reversed(range(BLOCKS)):  # the first lies on top
+            h, w = int(heights[image, block]), int(widths[image, block])
+            top, left = int(y[image, block] * (rows - h + 1)), int(x[image, block] * (columns - w + 1))
+            painted[top : top + h, left : left + w] = BLOCKS - block
+        expected[image] += painted
+    assert torch.equal(noise, expected)
+
+
 def test_block_masks_are_blocks():
-    def neighbours(kind: str) -> float:
-        """Share of removed patches among the right-hand neighbours of removed ones."""
+    def neighbors(kind: str) -> float:
+        """Share of removed patches among the right-hand neighbors of removed ones."""
         mask = split(mask_noise(kind, 300, 14, 14, generator("b"), 2), 98)[2].view(300, 14, 14)
         return float(mask[:, :, 1:][mask[:, :, :-1]].float().mean())
 
-    assert neighbours("random") == pytest.approx(0.5, abs=0.02)
-    assert neighbours("block") > 0.8
+    assert neighbors("random") == pytest.approx(0.5, abs=0.02)
+    assert neighbors("block") > 0.8
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -258,7 +287,7 @@ def test_encoder_sees_no_masked_pixel(kind):
 
 
 def test_decoder_puts_tokens_back_in_their_place():
-    """With blocks that do nothing, the decoder's input can be read at its output: pitfall 2."""
+    """With blocks that do nothing, the decoder's input can be read at its output."""
     model = model_of(small(decoder_dim=24))
     decoder = model.decoder
     decoder.blocks, decoder.norm, decoder.predict = (torch.nn.Identity() for _ in range(3))
@@ -275,7 +304,7 @@ def test_decoder_puts_tokens_back_in_their_place():
     torch.testing.assert_close(moved - out, torch.arange(1.0, 17)[None, :, None].expand(4, -1, 24))
 
 
-def test_initialisation_is_the_codes():
+def test_initialization_is_the_codes():
     model = model_of(replace(PRESETS["cifar10-vit"][1], depth=2))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -294,21 +323,21 @@ def test_initialisation_is_the_codes():
 
 def test_weight_decay_is_the_codes():
     """Every tensor with more than one dimension, tokens among them; fixed positions are no parameter."""
-    for learnt in (False, True):
-        model = model_of(small(learnt_positions=learnt))
+    for learned in (False, True):
+        model = model_of(small(learned_positions=learned))
         decayed, free = (set(group["names"]) for group in decay_groups(model, 0.05))
         assert {"backbone.cls_token", "decoder.mask_token", "backbone.patch_embed.proj.weight"} <= decayed
         shapes = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
         assert decayed | free == shapes.keys() and all(shapes[name] == 1 for name in free)
         positions = {"backbone.pos_embed", "decoder.pos_embed"}
-        assert positions <= decayed if learnt else not positions & shapes.keys()
+        assert positions <= decayed if learned else not positions & shapes.keys()
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def gradients(dtype: torch.dtype, global_batch: int, kind: str, chunks: int) -> dict[str, torch.Tensor]:
-    """Loss, reference and gradients of one step on this rank's part of a fixed batch, after DDP."""
+    """Loss, reference and gradients of one step on this process's part of a fixed batch, after DDP."""
     model = model_of(small()).to(dtype)
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     n = global_batch // world_size()
@@ -319,11 +348,9 @@ def gradients(dtype: torch.dtype, global_batch: int, kind: str, chunks: int) -> 
     for i, (some, z) in enumerate(zip(images.chunk(chunks), noise.chunk(chunks), strict=True)):
         if world_size() > 1:
             trained.require_backward_grad_sync = i == chunks - 1
-        predictions, mask, _ = trained(some, z, 4)
-        targets = make_targets(some, 4, True)
-        loss = masked_error(predictions, targets, mask)
+        loss, parts, _ = compute_loss(trained, some, z, keep=4, patch=4, norm_pix=True)
         (loss / chunks).backward()
-        logged += torch.stack([loss.detach(), visible_mean_error(targets, mask)]).double() / chunks
+        logged += torch.stack([parts["loss"], parts["visible_mean"]]).double() / chunks
     if world_size() > 1:
         torch.distributed.all_reduce(logged)
         logged /= world_size()
@@ -333,7 +360,7 @@ def gradients(dtype: torch.dtype, global_batch: int, kind: str, chunks: int) -> 
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(2, "random"), (4, "block")])
-def test_ranks_and_micro_batches_equal_one_rank(ranks, kind):
+def test_processes_and_micro_batches_equal_one(ranks, kind):
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         one = gradients(dtype, 16, kind, 1)
         many = run_ranks(gradients, ranks, dtype, 16, kind, 2)
@@ -349,7 +376,7 @@ def test_ranks_and_micro_batches_equal_one_rank(ranks, kind):
 
 def test_encoder_is_a_plain_timm_vit_both_ways(tmp_path):
     cfg = small()
-    model, spec = build(cfg, *STATS)
+    model, spec = build(cfg)
     export_backbone(tmp_path, model.backbone, spec)
     scope: dict = {}
     exec("\n".join(json.loads((tmp_path / "backbone.json").read_text())["rebuild"]), scope)
@@ -363,7 +390,7 @@ def test_encoder_is_a_plain_timm_vit_both_ways(tmp_path):
         torch.testing.assert_close(loaded(pixels()), expected, rtol=0, atol=0)
     other = model_of(cfg, seed=1)  # and a timm ViT's weights into an MAE
     decoder = other.decoder.embed.weight.detach().clone()
-    assert load_official(other, plain.state_dict()) is False
+    assert not load(other, tmp_path).with_others
     ids = torch.arange(16).expand(4, -1)
     torch.testing.assert_close(other.encode(pixels(), ids), plain.forward_features(pixels()))
     assert torch.equal(other.decoder.embed.weight, decoder)
@@ -371,8 +398,11 @@ def test_encoder_is_a_plain_timm_vit_both_ways(tmp_path):
 
 def official_names(depth: int, decoder_depth: int) -> set[str]:
     """The keys of mae_visualize_vit_base.pth's "model", written out."""
-    block = [f"{layer}.{kind}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-             for kind in ("weight", "bias")]  # fmt: skip
+    block = [
+        f"{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
     names = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
     for layer in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"):
         names |= {f"{layer}.weight", f"{layer}.bias"}
@@ -382,12 +412,16 @@ def official_names(depth: int, decoder_depth: int) -> set[str]:
 
 def test_base_model_has_the_official_keys_and_shapes():
     with torch.device("meta"):
-        state = official_state(build(PRESETS["imagenet-vitb"][1], *STATS)[0])
+        state = official_state(build(PRESETS["imagenet-vitb"][1])[0])
         timms = timm.create_model("vit_base_patch16_224.mae", num_classes=0).state_dict()
     assert state.keys() == official_names(12, 8)
     assert {name: v.shape for name, v in timms.items()} == {name: state[name].shape for name in timms}
     assert state["decoder_pred.weight"].shape == (768, 512) and state["decoder_pos_embed"].shape == (1, 197, 512)
     assert state["mask_token"].shape == (1, 1, 512) and state["patch_embed.proj.weight"].shape == (768, 3, 16, 16)
+
+
+def load(model, source) -> Filled:
+    return fill(model.backbone, read_weights(str(source)), decoder_tensors(model))
 
 
 def test_official_files_go_round(tmp_path):
@@ -399,37 +433,28 @@ def test_official_files_go_round(tmp_path):
     for file in ("full.pth", "full.safetensors"):
         other = model_of(small(), seed=7)
         assert not torch.equal(other(pixels(), noise_of(), 4)[0], source(pixels(), noise_of(), 4)[0])
-        assert load_official(other, read_weights(tmp_path / file)) is True
+        filled = load(other, tmp_path / file)
+        assert filled.with_others and not filled.missing and not filled.left_over
         assert torch.equal(other(pixels(), noise_of(), 4)[0], source(pixels(), noise_of(), 4)[0])
         assert all(torch.equal(a, b) for a, b in zip(official_state(other).values(), state.values(), strict=True))
 
 
-def test_other_architectures_are_told_by_key_and_shape():
-    model = model_of(small())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    wide = official_state(model_of(small(decoder_dim=32)))
-    with pytest.raises(UserError, match=r"mask_token is \(1, 1, 32\), the network has \(1, 1, 16\).*and \d+ more"):
-        load_official(model, wide)
-    deep = official_state(model_of(small(depth=3)))
-    with pytest.raises(UserError, match=r"blocks\.2\.norm1\.weight is not in the network.*--backbone"):
-        load_official(model, deep)
-    shallow = official_state(model_of(small(depth=1)))
-    with pytest.raises(UserError, match=r"w.pth is of another architecture: blocks\.1\.norm1\.weight is missing"):
-        load_official(model, shallow, "w.pth")
-    larger = official_state(model_of(small(image_size=32)))
-    with pytest.raises(UserError, match=r"pos_embed is \(1, 65, 24\), the network has \(1, 17, 24\).*--image-size"):
-        load_official(model, larger)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_a_decoder_is_taken_whole_or_not_at_all(tmp_path):
+    """Another width: the encoder alone. Another image size: positions of both are resampled."""
+    torch.save({"model": official_state(model_of(small(decoder_dim=32)))}, tmp_path / "wide.pth")
+    model = model_of(small(), seed=1)
+    before = {name: value.clone() for name, value in decoder_tensors(model).items()}
+    filled = load(model, tmp_path / "wide.pth")
+    assert not filled.with_others and not filled.missing and "beside it none of 20" in filled.notice()
+    assert all(torch.equal(value, before[name]) for name, value in decoder_tensors(model).items())
 
-
-def test_files_that_are_no_weights_are_told(tmp_path):
-    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pth")
-    for name, words in (("none.pth", "no such file"), ("broken.pth", "cannot be read"), ("empty.pth", "no weights"),
-                        ("broken.safetensors", "cannot be read")):  # fmt: skip
-        with pytest.raises(UserError, match=f"--init .*{name}.*{words}"):
-            read_weights(tmp_path / name)
+    larger = model_of(small(image_size=32))
+    torch.save({"model": official_state(larger)}, tmp_path / "larger.pth")
+    filled = load(model, tmp_path / "larger.pth")
+    assert filled.with_others and set(filled.resampled) == {"pos_embed", "decoder_pos_embed"}
+    for ours, theirs in ((model.backbone, larger.backbone), (model.decoder, larger.decoder)):
+        expected = resample_abs_pos_embed(theirs.pos_embed, [4, 4], num_prefix_tokens=1)
+        torch.testing.assert_close(ours.pos_embed, expected, rtol=0, atol=1e-6)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -437,7 +462,7 @@ def test_files_that_are_no_weights_are_told(tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_perfect_prediction_is_the_image(norm_pix):
-    """De-normalisation: predictions equal to the targets must give back the true pixels, and visible ones are kept."""
+    """De-normalization: predictions equal to the targets must give back the true pixels, and visible ones are kept."""
     model, images = model_of(small()), pixels()
     targets = make_targets(images, 4, norm_pix)
 
@@ -461,7 +486,7 @@ def gallery_of(tmp_path, model, spec, **changes) -> Gallery:
 
 
 def test_gallery_shows_a_grid_of_ratios_and_the_way_there(tmp_path):
-    model, spec = build(small(), *STATS)
+    model, spec = build(small())
     gallery = gallery_of(tmp_path, model, spec)
     for step in (0, 12):
         gallery.snapshot(model, step)
@@ -472,7 +497,7 @@ def test_gallery_shows_a_grid_of_ratios_and_the_way_there(tmp_path):
     assert torch.equal(torch.cat(list(made), 2), strip)
     mask = split(gallery._noise(model, 3), 4)[2]
     originals = gallery.store.eval_images(0, 3, 16)
-    for shown in (seen, made):  # de-normalised: what was seen is the photograph itself
+    for shown in (seen, made):  # de-normalized: what was seen is the photograph itself
         assert torch.equal(patchify(shown, 4)[~mask], patchify(originals, 4)[~mask])
     assert (patchify(seen, 4)[mask] == 128).all()
     sections = dict(gallery.sections(model, (0.5, 0.75)))
@@ -485,9 +510,9 @@ def test_gallery_shows_a_grid_of_ratios_and_the_way_there(tmp_path):
 
 
 def test_gallery_errors_are_those_of_the_loss(tmp_path):
-    model, spec = build(small(), *STATS)
+    model, spec = build(small())
     gallery = gallery_of(tmp_path, model, spec, norm_pix=False)
-    images = (gallery.store.eval_images(0, 5, 16) / 255 - 0.5) / 0.5
+    images = normalizer(spec.mean, spec.std, torch.device("cpu"))(gallery.store.eval_images(0, 5, 16))
     with torch.no_grad():
         predictions, mask, _ = model(images, gallery._noise(model, 5), 8)
     targets = patchify(images, 4)
@@ -516,11 +541,11 @@ def test_a_short_run_learns_and_warns_of_nothing(tmp_path):
 def test_a_run_that_does_not_learn_is_reported(tmp_path):
     flags = ("--epochs", 502, "--base-lr", 0, "--log-every", 251, "--save-every", 1000)
     code, text = run_command(TRAIN, *SMOKE, *flags, *LITTLE, "--out", tmp_path, log=tmp_path / "log")
-    assert code == 0 and "WARNING" in text and "drawn no better than by the mean of the visible ones" in text
+    assert code == 0 and "WARNING" in text and "predicted no better than by the mean of the visible ones" in text
 
 
 def test_micro_batches_and_start_weights_and_every_mask(tmp_path):
-    """--micro-batch follows the whole batch's path; --init starts where a file says; all masks run."""
+    """--micro-batch follows the full batch's path; --init-from loads the file; all masks run."""
     flags = ("--out", tmp_path, "--max-steps", 3, "--log-every", 1)
     losses, spreads = {}, {}
     for name, extra in {"whole": (), "parts": ("--micro-batch", 16)}.items():
@@ -531,28 +556,32 @@ def test_micro_batches_and_start_weights_and_every_mask(tmp_path):
     assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-4) and len(set(losses["whole"])) == 3
     assert spreads["parts"] == pytest.approx(spreads["whole"], rel=1e-3)  # of all images, not of 16
     weights = tmp_path / "whole" / "backbone.safetensors"
-    code, text = run_command(TRAIN, *SMOKE, *flags, "--name", "more", "--init", weights, "--masking", "block",
-                             log=tmp_path / "log")  # fmt: skip
+    code, text = run_command(
+        TRAIN, *SMOKE, *flags, "--name", "more", "--init-from", weights, "--masking", "block", log=tmp_path / "log"
+    )
     assert code == 0, text
     config = (tmp_path / "more" / "config.json").read_text()
-    assert json.loads(config)["config"]["init"] == "backbone.safetensors"  # never a path
+    assert json.loads(config)["config"]["init_from"] == "backbone.safetensors"  # never a path
     assert not list((tmp_path / "more").glob("reconstructions"))  # without evaluation no pictures
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--image-size", 30), "views of 30 px do not divide into patches of 8 px"),
-    (("--mask-ratio", 0.99), "leaves no patch of the 16 patches"),
-    (("--report-ratios", 0.99), "leaves no patch of the 16 patches"),
-    (("--backbone", "resnet18"), "needs a ViT of timm"),
-    (("--backbone", "vit_base_patch16_siglip_224"), "CLS token"),
-    (("--decoder-heads", 5), "--decoder-dim 32 does not divide among --decoder-heads 5"),
-    (("--decoder-dim", 20), "--decoder-dim 20 does not divide among"),
-    (("--width", 50), "--width 50 does not divide among --heads 3"),
-    (("--micro-batch", 5), "--micro-batch 5 does not divide the 64 images"),
-    (("--mask-window", 0), "a cell has at least one patch"),
-    (("--init", "nothing.pth"), "there is no such file"),
-    (("--masking", "stripes"), "random"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--image-size", 30), "views of 30 px do not divide into patches of 8 px"),
+        (("--mask-ratio", 0.99), "leaves no patch of the 16 patches"),
+        (("--report-ratios", 0.99), "leaves no patch of the 16 patches"),
+        (("--backbone", "resnet18"), "needs a ViT of timm"),
+        (("--backbone", "vit_base_patch16_siglip_224"), "CLS token"),
+        (("--decoder-heads", 5), "--decoder-dim 32 does not divide among --decoder-heads 5"),
+        (("--decoder-dim", 20), "--decoder-dim 20 does not divide among"),
+        (("--width", 50), "--width 50 does not divide among --heads 3"),
+        (("--micro-batch", 5), "--micro-batch 5 does not divide the 64 images"),
+        (("--mask-window", 0), "--mask-window is 0: it must be at least 1"),
+        (("--init-from", "nothing.pth"), "there is no such file"),
+        (("--masking", "stripes"), "random"),
+    ],
+)
 def test_every_mistake_is_one_sentence(tmp_path, flags, words):
     heads = ("--decoder-heads", 8) if flags[0] == "--decoder-dim" else ()
     code, text = run_command(TRAIN, *SMOKE, *flags, *heads, "--out", tmp_path / "run", log=tmp_path / "log")
@@ -583,7 +612,7 @@ def test_recipe_equals_the_reference(preset):
     assert (cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads) == decoder
     assert scaled_lr(cfg.base_lr, cfg.batch_size, "linear") == pytest.approx(peak)
     with torch.device("meta"):
-        vit = build(cfg, *STATS)[0].backbone
+        vit = build(cfg)[0].backbone
     assert vit.patch_embed.num_patches == patches and vit.embed_dim == width
     assert (len(vit.blocks), vit.blocks[0].attn.num_heads) == (depth, heads) and keep_count(
         patches, 0.75
@@ -592,22 +621,28 @@ def test_recipe_equals_the_reference(preset):
     total, warmup = epochs * per_epoch, int(cfg.warmup_epochs * per_epoch)
     for step in (0, 1, warmup // 2, warmup, (warmup + total) // 2, total - 1):  # code lr_sched.py, by epoch fraction
         epoch = step / per_epoch
-        expected = peak * epoch / warm if epoch < warm else peak * 0.5 * (1 + math.cos(math.pi * (epoch - warm)
-                                                                                      / (epochs - warm)))  # fmt: skip
-        assert warmup_cosine(step, peak=peak, total=total, warmup=warmup) == pytest.approx(expected, abs=1e-9)
+        expected = (
+            peak * epoch / warm
+            if epoch < warm
+            else peak * 0.5 * (1 + math.cos(math.pi * (epoch - warm) / (epochs - warm)))
+        )
+        assert cosine_schedule(step, base=peak, total=total, warmup=warmup) == pytest.approx(expected, abs=1e-9)
 
 
 def test_views_equal_the_reference():
     paper, icarus = PRESETS["imagenet-vitb"][1], PRESETS["cifar10-vit-p2"][1]
     assert (paper.crop_scale, paper.flip, paper.interpolation, paper.norm_pix) == ((0.2, 1.0), 0.5, "bicubic", True)
-    assert (icarus.norm_pix, icarus.learnt_positions, icarus.patch_size) == (False, True, 2)
-    recipe = one_view(
-        32, crop_scale=paper.crop_scale, flip=0.5, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3
-    )
+    assert (icarus.norm_pix, icarus.learned_positions, icarus.patch_size) == (False, True, 2)
+    recipe = one_view(replace(paper, image_size=32, normalize="none"))
     (view,) = recipe.views
-    assert (view.jitter, view.grey, view.blur, view.solarize, view.ratio) == (0, 0, 0, 0, (3 / 4, 4 / 3))
-    whole = one_view(32, crop_scale=icarus.crop_scale, flip=icarus.flip, interpolation=icarus.interpolation,
-                     mean=(0.0,) * 3, std=(1.0,) * 3)  # fmt: skip
+    assert (view.color_jitter_prob, view.grayscale, view.blur, view.solarize, view.ratio) == (
+        0,
+        0,
+        0,
+        0,
+        (3 / 4, 4 / 3),
+    )
+    whole = one_view(replace(icarus, normalize="none"))
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     (made,) = whole(images, whole.sample(64, generator("whole")))
     torch.testing.assert_close(made, images / 255)  # no augmentation: the image itself
@@ -618,7 +653,7 @@ def test_preset_builds_and_trains_two_steps(preset):
     """On the meta device all of them; in earnest those below 0.6 GMAC an image and pass, batch of 4."""
     cfg = PRESETS[preset][1]
     with torch.device("meta"):
-        model, spec = build(cfg, *STATS)
+        model, spec = build(cfg)
         cost = multiply_adds(model.backbone, cfg.image_size)
         patches = model.backbone.patch_embed.num_patches
         keep = keep_count(patches, cfg.mask_ratio)
@@ -640,4 +675,4 @@ def test_preset_builds_and_trains_two_steps(preset):
         optimizer.step()
         assert torch.isfinite(loss)
     same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    assert same == (set() if cfg.learnt_positions else {"backbone.pos_embed"})
+    assert same == (set() if cfg.learned_positions else {"backbone.pos_embed"})

@@ -1,4 +1,4 @@
-"""LARS against a slow loop and the reference sheet (section 1.1), parameter groups, schedules (section 1.2)."""
+"""LARS against a slow loop and the papers' formulas, parameter groups, schedules."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.optim import LARS, decay_groups, set_lr
-from common.schedules import scaled_lr, warmup_cosine
+from common.schedules import cosine_schedule, scaled_lr
 
 
 def network():
@@ -37,7 +37,7 @@ def test_lars_equals_the_slow_loop_over_a_schedule(form):
     optimizer = LARS(decay_groups(ours, 0.01), lr=0.0, momentum=0.9, momentum_form=form)
     buffers = [torch.zeros_like(p) for p in theirs]
     for step in range(12):
-        lr = warmup_cosine(step, peak=3.0, total=12, warmup=4)
+        lr = cosine_schedule(step, base=3.0, total=12, warmup=4)
         set_lr(optimizer, lr)
         optimizer.zero_grad()
         ours(
@@ -70,7 +70,7 @@ def test_momentum_forms_agree_at_constant_rate_and_differ_in_warmup():
 
 
 def test_loss_scale_moves_only_excluded_tensors():
-    """Reference section 9.3: with weight decay 0, a loss times 10 changes norms and biases only."""
+    """With weight decay 0, a loss times 10 changes norms and biases only."""
 
     def one_step(scale):
         model = network()
@@ -113,20 +113,20 @@ def test_groups_list_every_tensor_once():
 
 
 def test_schedules_at_the_points_of_the_reference():
-    simclr = dict(peak=4.8, total=31_200, warmup=3_120)  # 100 epochs of 312 steps
-    assert warmup_cosine(0, **simclr) == 0
-    assert warmup_cosine(3119, **simclr) == pytest.approx(4.8 * 3119 / 3120)
-    assert warmup_cosine(3120, **simclr) == 4.8
-    assert warmup_cosine(17_160, **simclr) == pytest.approx(2.4)
-    assert 0 < warmup_cosine(31_199, **simclr) < 1e-7
-    swav = dict(peak=4.8, total=1000, warmup=100, start=0.3, end=0.0048, endpoint=True)  # numpy.linspace
-    assert warmup_cosine(0, **swav) == 0.3
-    assert warmup_cosine(99, **swav) == pytest.approx(4.8) and warmup_cosine(100, **swav) == 4.8
-    assert warmup_cosine(999, **swav) == pytest.approx(0.0048, abs=1e-4)
+    simclr = dict(base=4.8, total=31_200, warmup=3_120)  # 100 epochs of 312 steps
+    assert cosine_schedule(0, **simclr) == 0
+    assert cosine_schedule(3119, **simclr) == pytest.approx(4.8 * 3119 / 3120)
+    assert cosine_schedule(3120, **simclr) == 4.8
+    assert cosine_schedule(17_160, **simclr) == pytest.approx(2.4)
+    assert 0 < cosine_schedule(31_199, **simclr) < 1e-7
+    swav = dict(base=4.8, total=1000, warmup=100, start=0.3, final=0.0048, endpoint=True)  # numpy.linspace
+    assert cosine_schedule(0, **swav) == 0.3
+    assert cosine_schedule(99, **swav) == pytest.approx(4.8) and cosine_schedule(100, **swav) == 4.8
+    assert cosine_schedule(999, **swav) == pytest.approx(0.0048, abs=1e-4)
     ema = [
         1 - (1 - 0.996) * (math.cos(math.pi * k / 10) + 1) / 2 for k in range(10)
     ]  # BYOL's momentum is the same curve
-    assert [warmup_cosine(k, peak=0.996, end=1.0, total=10) for k in range(10)] == pytest.approx(ema)
+    assert [cosine_schedule(k, base=0.996, final=1.0, total=10) for k in range(10)] == pytest.approx(ema)
 
 
 def test_learning_rate_rules_meet_at_4096():

@@ -72,7 +72,7 @@ def test_a_sample_is_evenly_spaced_also_of_streamed_images(tmp_path):
     assert isinstance(streamed, ImageStream)
     for store in (streamed, drawn("train", 9), noise(9, 0)):
         part, index = sample(store, 4)
-        assert len(part) == 4 and part.labels is None
+        assert len(part) == 4
         whole = store.eval_images(0, len(store), 20)
         assert torch.equal(part.eval_images(0, 4, 20), whole[index])
         assert torch.equal(sample(store, 100)[0].eval_images(0, 100, 20), whole)
@@ -94,8 +94,10 @@ def test_a_network_that_reads_corners_solves_it_and_an_invariant_one_is_at_chanc
     train, test = noise(203, 1), noise(60, 2)
 
     def score(module: nn.Module) -> linear.ProbeResult:
-        x = [turned_features(module, store, extract_features(module, store, **STATISTICS), 1000, **STATISTICS)
-             for store in (train, test)]
+        x = [
+            turned_features(module, store, extract_features(module, store, **STATISTICS), 1000, **STATISTICS)
+            for store in (train, test)
+        ]
         return rotation_probe(*x)
 
     corner = score(Corner())
@@ -106,8 +108,9 @@ def test_a_network_that_reads_corners_solves_it_and_an_invariant_one_is_at_chanc
 
 def test_row_without_labels():
     train, test = noise(105, 1), noise(45, 2)
-    result = evaluate(Average(), train, test, protocols=["rotation", "linear"], random_init=Corner(), **QUIET,
-                      **STATISTICS)
+    result = evaluate(
+        Average(), train, test, protocols=["rotation", "linear"], random_init=Corner(), **QUIET, **STATISTICS
+    )
     assert set(result.skipped) == {"linear"} and "rotation" not in DEFAULT
     (row,) = result.rows
     assert (row["protocol"], row["target"], row["metric"]) == ("rotation", "rotation", "top-1")
@@ -137,11 +140,25 @@ def test_too_few_images():
 
 
 def test_command_line(tmp_path, capsys):
-    spec = BackboneSpec("resnet18", stem="cifar", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8,
-                        **STATISTICS)
+    spec = BackboneSpec(
+        "resnet18", stem="cifar", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8, **STATISTICS
+    )
     export_backbone(tmp_path / "run", random_init(spec, 0), spec)
-    main([str(tmp_path / "run"), "--data", "shapes", "--limit", "40", "--protocols", "rotation", "--device", "cpu",
-          "--out", str(tmp_path / "scores.json")])
+    main(
+        [
+            str(tmp_path / "run"),
+            "--data",
+            "shapes",
+            "--limit",
+            "40",
+            "--protocols",
+            "rotation",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "scores.json"),
+        ]
+    )
     assert "rotation" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "scores.json").read_text())["evaluations"]
     assert row["protocol"] == "rotation" and set(row["baselines"]) == {"raw pixels", "random init"}

@@ -1,7 +1,7 @@
-"""SimCLR: the loss against slow versions and the reference, ranks against one rank, gradient caching, the projector."""
+"""SimCLR: the loss against slow versions and the official one, N processes against one, gradient caching, presets."""
 
-import dataclasses
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -11,16 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.backbones import BackboneSpec, create_backbone
 from common.distributed import rank, sync_batchnorm, world_size
-from common.errors import UserError
-from common.log import read_metrics
-from common.memory import cached_backward, checkpoint_blocks, couples_samples
-from common.vit import StochasticDepth
+from common.memory import checkpoint_blocks, grad_cache_backward, uses_batch_statistics
+from common.schedules import cosine_schedule, scaled_lr
+from methods.simclr.augment import two_views
 from methods.simclr.config import PRESETS
 from methods.simclr.loss import nt_xent
-from methods.simclr.train import SimCLR, build
-from tests.processes import run_command, run_ranks
+from methods.simclr.train import SimCLR, compute_loss, contrast
+from tests.processes import run_ranks
 
 TINY = dict(stem="cifar", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8, zero_init_last=False)
+CFG = PRESETS["smoke"][1]
 
 
 def slow_nt_xent(z1, z2, temperature, decoupled=False):
@@ -51,7 +51,7 @@ def test_loss_and_gradient_equal_the_slow_version(n, temperature, decoupled, chu
 
 
 def test_loss_is_the_official_cross_entropy():
-    """objective.py of the code: two softmax problems with the own column at -1e9; its sum is twice our mean."""
+    """objective.py of the code: two softmax problems with the row's own column at -1e9; its sum is twice our mean."""
     z1, z2 = normalize(torch.randn(6, 8), dim=1), normalize(torch.randn(6, 8), dim=1)
     own, labels = torch.eye(6) * 1e9, torch.arange(6)
     first = cross_entropy(torch.cat([z1 @ z2.T, z1 @ z1.T - own], 1) / 0.5, labels)
@@ -62,11 +62,13 @@ def test_loss_is_the_official_cross_entropy():
 def test_known_values():
     identical = torch.ones(8, 4)  # every similarity 1: each of the 2B - 1 candidates is equally likely
     torch.testing.assert_close(nt_xent(identical, identical, 0.5)[0], torch.tensor(math.log(15)))
+    same = torch.randn(1, 100).expand(64, 100)  # collapsed: equal up to rounding, and no positive is found
+    assert nt_xent(same, same * 1.7, 0.5)[1]["retrieval"] == 0
     z = torch.eye(64)  # orthogonal images, equal views: -1/t + ln(e^(1/t) + 2B - 2)
     loss, parts = nt_xent(z, z, 0.5)
     torch.testing.assert_close(loss, torch.tensor(-2 + math.log(math.exp(2) + 126)))
     assert parts["retrieval"] == 1
-    random = nt_xent(torch.randn(512, 4096), torch.randn(512, 4096), 0.5)[0]  # reference section 9: near ln(2B - 1)
+    random = nt_xent(torch.randn(512, 4096), torch.randn(512, 4096), 0.5)[0]  # near ln(2B - 1)
     assert abs(random - math.log(1023)) < 0.01
 
 
@@ -105,113 +107,38 @@ def test_projectors_of_other_depths(layers):
     assert model.eval()(images).shape == (4, 24 if layers else 64)
 
 
-def test_loss_on_a_subvector_sees_no_other_feature():
-    """DirectCLR: the first features are the projection; the others learn through the layers that they share."""
-    model = SimCLR(create_backbone(BackboneSpec("resnet18", **TINY)), 24, "batch", 0, subvector=16).eval()
-    images = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(model(images), model.backbone(images)[:, :16])
-    with pytest.raises(UserError, match="--subvector takes 1 to 64 of the features"):
-        SimCLR(model.backbone, 24, "batch", 0, subvector=65)
-    with pytest.raises(UserError, match="needs --projector-layers 0"):
-        SimCLR(model.backbone, 24, "batch", 2, subvector=16)
+# ---- N processes -----------------------------------------------------------------------------------------------------
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+def tiny_model(norm: str, dtype: torch.dtype = torch.float64) -> SimCLR:
+    torch.manual_seed(0)
+    return SimCLR(create_backbone(BackboneSpec("resnet18", norm=norm, **TINY)), 16, norm).to(dtype).train()
+
+
+def two_of(n: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """This process's part of two views of n images, [2, n / processes, 3, 16, 16]."""
+    views = torch.randn(2, n, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return views[:, rank() * n // world_size() : (rank() + 1) * n // world_size()]
+
+
+def gradients_of(model: SimCLR) -> dict[str, torch.Tensor]:
+    """Gradients and BatchNorm's running statistics."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: b.clone() for name, b in model.named_buffers() if "running" in name}
 
 
 def gradients(norm: str, dtype: torch.dtype, global_batch: int, sync: bool = True) -> dict[str, torch.Tensor]:
-    """Loss, gradients and BatchNorm buffers of one step on this rank's part of a fixed global batch, after DDP."""
-    torch.manual_seed(0)
-    model = SimCLR(create_backbone(BackboneSpec("resnet18", norm=norm, **TINY)), 16, norm).to(dtype).train()
-    generator = torch.Generator().manual_seed(1)
-    views = torch.randn(2, global_batch, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
-    n = global_batch // world_size()
-    views = views[:, rank() * n : (rank() + 1) * n]
-    trained = sync_batchnorm(model, "cpu") if sync else model
+    """Loss, gradients and BatchNorm buffers of one step on this process's part of a fixed global batch, after DDP."""
+    model = tiny_model(norm, dtype)
+    trained = sync_batchnorm(model) if sync else model
     if world_size() > 1:
         trained = DistributedDataParallel(trained)
-    z1, z2 = trained(torch.cat(list(views))).chunk(2)
-    loss, _ = nt_xent(z1, z2, 0.2)
+    loss, _ = compute_loss(trained, two_of(global_batch, dtype), CFG)
     loss.backward()
+    loss = loss.detach().clone()
     if world_size() > 1:
-        torch.distributed.all_reduce(loss := loss.detach())
-        loss = loss / world_size()
-    return (
-        {"loss": loss.detach()}
-        | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        | {n: b.clone() for n, b in model.named_buffers() if "running" in n}
-    )
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_rank(ranks, norm):
-    for dtype in (torch.float64, torch.float32):
-        one = gradients(norm, dtype, 16)
-        for many in run_ranks(gradients, ranks, norm, dtype, 16):
-            assert many.keys() == one.keys() and len(one) > 20
-            for name, value in one.items():
-                worst = (many[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
-                assert worst < (1e-10 if dtype == torch.float64 else 1e-5), (name, dtype, worst)
-
-
-def stochastic_gradients(rate: float, checkpointing: bool = False) -> dict[str, torch.Tensor]:
-    """Gradients of one step of a ViT with stochastic depth on this rank's part of 16 images, after DDP."""
-    torch.manual_seed(0)
-    cfg = dataclasses.replace(PRESETS["shapes-vit"][1], norm="group")
-    model = build(cfg, (0.5,) * 3, (0.5,) * 3)[0].double().train()
-    depth = StochasticDepth(model.backbone, rate, seed=0, views=2, batch_size=16)
-    if checkpointing:
-        checkpoint_blocks(model.backbone)
-    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    n = 16 // world_size()
-    depth.draw(7)
-    depth.select(first=0, count=2)
-    trained = DistributedDataParallel(model) if world_size() > 1 else model
-    views = views[:, rank() * n : (rank() + 1) * n]
-    nt_xent(*trained(torch.cat(list(views))).chunk(2), 0.2)[0].backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_stochastic_depth_on_ranks_equals_one_rank():
-    one = stochastic_gradients(0.5)
-    assert_same(stochastic_gradients(0.5, checkpointing=True), one, 1e-12)
-    for many in run_ranks(stochastic_gradients, 2, 0.5):
-        assert_same(many, one, 1e-10)
-    assert not torch.allclose(one["backbone.blocks.3.mlp.fc1.weight"],
-                              stochastic_gradients(0.0)["backbone.blocks.3.mlp.fc1.weight"])  # fmt: skip
-
-
-def test_a_run_with_stochastic_depth_drops_paths(tmp_path):
-    losses = []
-    for rate in (0.0, 0.5):
-        small = ("--limit", 128, "--batch-size", 64, "--max-steps", 2, "--log-every", 1, "--no-eval", "--knn-every", 0)
-        place = ("--out", tmp_path, "--name", f"r{rate}")
-        code, text = run_command("methods.simclr.train", "shapes-vit", "--drop-path", rate, *small, *place,
-                                 log=tmp_path / "log")  # fmt: skip
-        assert code == 0, text
-        losses.append([line["loss"] for line in read_metrics(tmp_path / f"r{rate}" / "metrics.jsonl")])
-    assert all(abs(a - b) > 1e-4 for a, b in zip(*losses, strict=True)) and len(losses[0]) == 2
-
-
-# ---- large batches in little memory ----------------------------------------------------------------------------------
-
-
-def cached_gradients(norm: str, micro: int, frozen: bool = False) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model = SimCLR(create_backbone(BackboneSpec("resnet18", norm=norm, **TINY)), 16, norm).double().train()
-    if frozen:
-        model.eval()
-    views = torch.randn(2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def loss_of(projections):
-        halves = [z.chunk(2) for z in projections]
-        return nt_xent(*(torch.cat([pair[i] for pair in halves]) for i in (0, 1)), 0.2)
-
-    inputs = [torch.cat(list(part)) for part in views.split(micro, dim=1)]
-    loss, _ = cached_backward(model, inputs, loss_of, backward=torch.Tensor.backward)
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss} | grads | {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+        torch.distributed.all_reduce(loss)
+    return {"loss": loss / world_size()} | gradients_of(model)
 
 
 def assert_same(ours: dict, theirs: dict, tolerance: float, skip: str = "-"):
@@ -221,37 +148,55 @@ def assert_same(ours: dict, theirs: dict, tolerance: float, skip: str = "-"):
             assert worst < tolerance, (name, worst)
 
 
-@pytest.mark.parametrize("micro", [2, 4, 8])
-def test_gradient_caching_equals_the_whole_batch_with_groupnorm(micro):
-    assert_same(cached_gradients("group", micro), gradients("group", torch.float64, 16), 1e-10)
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_equal_one(ranks, norm):
+    for dtype in (torch.float64, torch.float32):
+        one = gradients(norm, dtype, 16)
+        for many in run_ranks(gradients, ranks, norm, dtype, 16):
+            assert many.keys() == one.keys() and len(one) > 20
+            assert_same(many, one, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+# ---- large batches in little memory ----------------------------------------------------------------------------------
+
+
+def cached_gradients(norm: str, micro_batch: int, frozen: bool = False) -> dict[str, torch.Tensor]:
+    """Loss, gradients and BatchNorm buffers of one step with gradient caching.
+
+    With several processes inside DistributedDataParallel, which reduces in the last micro-batch only.
+    """
+    model = tiny_model(norm)
+    if frozen:
+        model.eval()
+    several = world_size() > 1
+    loss, _ = grad_cache_backward(
+        DistributedDataParallel(model) if several else model,
+        two_of(16),
+        partial(contrast, cfg=CFG),
+        micro_batch,
+        backward=torch.Tensor.backward,
+        no_sync=DistributedDataParallel.no_sync if several else nullcontext,
+    )
+    return {"loss": loss} | gradients_of(model)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4, 8])
+def test_gradient_caching_equals_the_whole_batch_with_groupnorm(micro_batch):
+    assert_same(cached_gradients("group", micro_batch), gradients("group", torch.float64, 16), 1e-10)
 
 
 def test_gradient_caching_equals_the_whole_batch_with_frozen_batchnorm():
-    assert_same(cached_gradients("batch", 4, frozen=True), cached_gradients("batch", 16, frozen=True), 1e-10)
-
-
-def cached_gradients_of_a_rank(micro: int) -> dict[str, torch.Tensor]:
-    """Gradient caching inside DistributedDataParallel, as train.py runs it: reduced in the last micro-batch only."""
-    torch.manual_seed(0)
-    model = SimCLR(create_backbone(BackboneSpec("resnet18", norm="group", **TINY)), 16, "group").double().train()
-    views = torch.randn(2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    n = 16 // world_size()
-    views = views[:, rank() * n : (rank() + 1) * n]
-
-    def loss_of(projections):
-        halves = [z.chunk(2) for z in projections]
-        return nt_xent(*(torch.cat([pair[i] for pair in halves]) for i in (0, 1)), 0.2)
-
-    inputs = [torch.cat(list(part)) for part in views.split(micro, dim=1)]
-    trained = DistributedDataParallel(model)
-    cached_backward(trained, inputs, loss_of, backward=torch.Tensor.backward, no_sync=lambda m: m.no_sync())
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model = tiny_model("batch").eval()
+    loss, _ = compute_loss(model, two_of(16), CFG)
+    loss.backward()
+    assert_same(cached_gradients("batch", 4, frozen=True), {"loss": loss.detach()} | gradients_of(model), 1e-10)
 
 
 def test_gradient_caching_on_ranks_equals_one_rank_with_the_whole_batch():
     whole = gradients("group", torch.float64, 16)
-    for many in run_ranks(cached_gradients_of_a_rank, 2, 4):
-        assert_same(many, {name: value for name, value in whole.items() if name in many}, 1e-10)
+    for many in run_ranks(cached_gradients, 2, "group", 4):
+        assert_same(many, {name: value for name, value in whole.items() if name != "loss"}, 1e-10)
         assert len(many) > 20
 
 
@@ -266,27 +211,68 @@ def test_gradient_caching_with_batchnorm_equals_ranks_with_local_batchnorm():
 
 
 def test_running_statistics_move_once_per_micro_batch():
-    """In the second pass only: momentum 0.1 over four micro-batches, as four plain forward passes move them."""
-    torch.manual_seed(0)
-    model = SimCLR(create_backbone(BackboneSpec("resnet18", **TINY)), 16, "batch").double().train()
-    views = torch.randn(2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert couples_samples(model)
+    """In the second pass only: momentum 0.1 over four micro-batches, as four ordinary forward passes move them."""
+    model = tiny_model("batch")
+    assert uses_batch_statistics(model)
     with torch.no_grad():
-        for part in views.split(4, dim=1):
+        for part in two_of(16).split(4, dim=1):
             model(torch.cat(list(part)))
     expected = {n: b for n, b in model.named_buffers() if "running" in n}
     assert_same(cached_gradients("batch", 4), expected, 1e-12)
 
 
 def test_activation_checkpointing_changes_nothing_with_batchnorm():
-    def step(checkpointed: bool):
-        torch.manual_seed(0)
-        model = SimCLR(create_backbone(BackboneSpec("resnet18", **TINY)), 16, "batch").train()
+    def step(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = tiny_model("batch", torch.float32)
         if checkpointed:
             checkpoint_blocks(model.backbone)
-        loss, _ = nt_xent(*model(torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))).chunk(2), 0.2)
-        loss.backward()
+        compute_loss(model, two_of(8, torch.float32), CFG)[0].backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | dict(model.named_buffers())
 
-    plain, ours = step(False), step(True)
-    assert all(torch.equal(ours[name], value) for name, value in plain.items())
+    without, ours = step(False), step(True)
+    assert all(torch.equal(ours[name], value) for name, value in without.items())
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+CIFAR, IMAGENET, IMAGENETTE = 50_000, 1_281_167, 9_469
+# preset: (training images, batch, epochs, peak rate, temperature, weight decay), from paper and README
+EXPECTED = {
+    "cifar10-r18": (CIFAR, 512, 1000, 2.0, 0.5, 1e-6),
+    "cifar10-r50": (CIFAR, 1024, 1000, 4.0, 0.5, 1e-6),
+    "imagenette-r18": (IMAGENETTE, 256, 800, 1.2, 0.1, 1e-6),
+    "imagenet-r50": (IMAGENET, 4096, 1000, 4.8, 0.1, 1e-6),
+    "imagenet-r50-b256": (IMAGENET, 256, 100, 1.2, 0.1, 1e-6),
+}
+
+
+@pytest.mark.parametrize("preset", EXPECTED)
+def test_recipe_equals_the_reference(preset):
+    images, batch, epochs, peak, temperature, decay = EXPECTED[preset]
+    cfg = PRESETS[preset][1]
+    assert (cfg.batch_size, cfg.epochs, cfg.temperature, cfg.weight_decay) == (batch, epochs, temperature, decay)
+    assert (cfg.optimizer, cfg.momentum, cfg.warmup_epochs, cfg.projector_dim) == ("lars", 0.9, 10, 128)
+    assert scaled_lr(cfg.base_lr, cfg.batch_size, cfg.lr_scaling) == pytest.approx(peak)
+    total, warmup = epochs * (images // batch), int(10 * images / batch)
+    rate = [cosine_schedule(s, base=peak, total=total, warmup=warmup) for s in (0, warmup, total - 1)]
+    assert rate[0] == 0 and rate[1] == pytest.approx(peak) and 0 < rate[2] < 1e-5 * peak
+
+
+@pytest.mark.parametrize(
+    ("preset", "strength", "hue", "blur"),
+    [("cifar10-r18", 0.4, 0.1, 0.0), ("imagenette-r18", 0.8, 0.2, 0.5), ("imagenet-r50", 0.8, 0.2, 0.5)],
+)
+def test_views_equal_the_reference(preset, strength, hue, blur):
+    one, two = two_views(PRESETS[preset][1]).views
+    assert one == two and one.mean == ((0, 0, 0) if preset != "imagenette-r18" else (0.485, 0.456, 0.406))
+    assert (one.scale, one.interpolation, one.flip, one.grayscale) == ((0.08, 1.0), "bicubic", 0.5, 0.2)
+    assert (one.color_jitter_prob, one.hue, one.blur) == (0.8, hue, blur)
+    assert one.brightness == one.contrast == one.saturation == pytest.approx(strength)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_builds(preset):
+    cfg = PRESETS[preset][1]
+    with torch.device("meta"):
+        model = SimCLR(create_backbone(cfg.resnet_spec(norm=cfg.norm)), cfg.projector_dim, cfg.norm)
+        assert model(torch.empty(2, 3, cfg.image_size, cfg.image_size)).shape == (2, 128)

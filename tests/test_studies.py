@@ -1,8 +1,13 @@
 """Studies: every run is a valid command of a method, the queue resumes, cards are the runs', figures draw."""
 
+import contextlib
 import json
+import os
 import signal
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -12,34 +17,38 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from eval.decoder import Constants
-from studies import STUDIES, decoder, label_free, projector
+from eval.finetune.recipe import Recipe
+from methods.autoencoder.config import PRESETS
+from studies import STUDIES, autoencoder, decoder, first, label_free, projector
 from studies.__main__ import main
+from studies.cards import Cards, read_cards, write_cards
+from studies.dropout.verdict import NAMES
 from studies.measure import measure
-from studies.page import page, publish, table, with_borrowed, write_results
+from studies.page import page, publish, tables_text, with_borrowed, write_results
 from studies.study import (
-    Cards,
+    STOPPING,
     Queue,
     Run,
     Study,
+    Table,
     card_of,
     collect,
     commands,
     differing,
     directory_name,
     items,
-    read_cards,
-    write_cards,
+    locked,
 )
-from tests.processes import Command, run_command
+from tests.processes import LIMIT, Command, run_command
 
 TINY = {"epochs": 1, "limit": 128, "knn_every": 0}
 
 
 def tiny_study(**more) -> Study:
     runs = (Run("one", "simclr", TINY, "smoke", baselines=True), Run("two", "simclr", {**TINY, "hue": 0.0}, "smoke"))
-    given = dict(draw=STUDIES["augmentation"].draw, rows=lambda cards: (("run",), [(r.name,) for r in runs]))
+    given = dict(draw=STUDIES["augmentation"].draw, tables=lambda cards: [Table(("run",), [(r.name,) for r in runs])])
     given["protocols"] = ("knn", "metrics")
-    about = dict(name="tiny", title="Tiny", question="Does the queue work?", answer="It does.", full="-")
+    about = dict(name="tiny", title="Tiny", question="Does the queue work?")
     return Study(**{**about, **given, "runs": runs, "seeds": (0, 1), **more})
 
 
@@ -62,7 +71,7 @@ def test_runs_are_valid_commands(name):
         preset, config = parse(presets, module, flags)
         assert preset == run.preset and asdict(config) == asdict(run.config(3)), run.name
         assert run.fields, "a run differs from its preset, in size at least"
-    assert not study.runs or any(run.baselines for run in study.runs)
+    assert not study.runs or not study.protocols or any(run.baselines for run in study.runs)
 
 
 def test_unknown_fields_are_named():
@@ -110,11 +119,13 @@ def test_queue_runs_skips_refuses_and_writes(tmp_path):
     assert (tmp_path / "two-seed0.log").read_text().count("step 2/2") == 1  # nothing is trained again
 
     other = replace(study, runs=(Run("one", "simclr", {**TINY, "temperature": 0.3}, "smoke"), study.runs[1]))
-    with pytest.raises(UserError, match="temperature 0.2, not 0.3.*remove it, or give another --out"):
+    with pytest.raises(
+        UserError, match="has other settings .temperature 0.2, not 0.3.*remove it, or give another --out"
+    ):
         collect(other, tmp_path)
     path = tmp_path / "one-seed0" / "result.json"
     card = json.loads(path.read_text())
-    del card["config"]["drop_path"], card["config"]["temperature"]  # as if these fields were younger than the card
+    del card["config"]["norm"], card["config"]["temperature"]  # as if these fields were younger than the card
     path.write_text(json.dumps(card))
     assert len(collect(replace(study, runs=study.runs[1:]), tmp_path)) == 1
     with pytest.raises(UserError, match=r"\(temperature 0.5, not 0.2\)"):  # the preset's is not the default
@@ -122,8 +133,8 @@ def test_queue_runs_skips_refuses_and_writes(tmp_path):
 
 
 def test_a_failing_run_stops_the_queue_and_says_why(tmp_path):
-    bad = Run("bad", "simclr", {**TINY, "subvector": 8}, "smoke")
-    with pytest.raises(UserError, match=r"bad-seed0 stopped with status 2: error: --subvector takes 1 to 64"):
+    bad = Run("bad", "simclr", {**TINY, "batch_size": 256}, "smoke")
+    with pytest.raises(UserError, match=r"bad-seed0 stopped with status 2: error: .*256"):
         Queue(tiny_study(runs=(bad, *tiny_study().runs)), tmp_path, quiet(), jobs=1).run()
     assert not (tmp_path / "one-seed0").exists()
 
@@ -138,14 +149,86 @@ def test_divergence_is_an_answer_where_a_study_says_so(tmp_path):
         Queue(replace(study, may_diverge=False), tmp_path / "b", quiet(), jobs=1).run()
 
 
+def listen() -> None:
+    for number in STOPPING:  # a shell may have started the tests with one of them ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def ignore_hangup() -> None:
+    listen()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+
+def started(out: Path, before=listen) -> tuple[Command, int]:
+    """The command itself, on a real study, and the process of its first run."""
+    arguments = ("augmentation", "--out", out, "--jobs", 1, "--limit", 1)
+    command = Command("studies", *arguments, log=out / "log", before=before)
+    deadline = time.monotonic() + LIMIT
+    while not (found := children(command.child.pid, "methods.simclr.train")):
+        assert command.child.is_alive() and time.monotonic() < deadline, command.output()
+        time.sleep(0.01)
+    return command, found[0]
+
+
+def children(pid: int, word: str) -> list[int]:
+    """Processes that `pid` has started, with `word` on their command line: not a copy of `pid` that has yet to become
+    the command, nor what a library starts in passing."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z" and word in path.with_name("cmdline").read_text().split("\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def ends(pid: int) -> bool:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True  # of a parent that was killed, and nobody has waited yet
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_sigterm_saves_the_run_and_the_queue_continues_it(tmp_path):
-    """The command itself, on a real study, killed in its first run."""
-    command = Command("studies", "augmentation", "--out", tmp_path, "--jobs", 1, "--limit", 1, log=tmp_path / "log")
+    """Killed in its first run; until then a second queue is refused. One that ignores SIGHUP goes on after it."""
+    command, run = started(tmp_path, before=ignore_hangup)
+    with pytest.raises(UserError, match=f"in use by process {command.child.pid}, another queue"):
+        main(["augmentation", "--out", str(tmp_path)])
+    os.kill(command.child.pid, signal.SIGHUP)
     log, metrics = tmp_path / "flip-seed0.log", tmp_path / "flip-seed0" / "metrics.jsonl"
     command.kill_at(20, metrics, signal.SIGTERM)
-    assert command.wait() == 0 and "stopped by a signal; the same command continues" in command.output()
+    assert command.wait() == 128 + signal.SIGTERM and ends(run)
+    assert "stopped by a signal; the same command continues" in command.output()
     assert "checkpoint saved" in log.read_text()
     assert list((tmp_path / "flip-seed0" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_stopped_queue_leaves_no_run(number, tmp_path):
+    command, run = started(tmp_path)
+    os.kill(command.child.pid, number)
+    assert command.wait() == 128 + number and ends(run)
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at the parent's death is Linux's")
+def test_a_killed_queue_leaves_no_run(tmp_path):
+    command, run = started(tmp_path)
+    os.kill(run, signal.SIGSTOP)  # a run that does not end at once keeps the folder locked
+    os.kill(command.child.pid, signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+    with pytest.raises(UserError, match="or by runs that it has left"), locked(tmp_path):
+        pass
+    os.kill(run, signal.SIGCONT)
+    assert ends(run)
+    with locked(tmp_path):
+        pass
 
 
 def test_text_is_mean_and_sample_deviation():
@@ -172,26 +255,53 @@ def test_figures_and_tables_draw_from_any_part_of_the_cards(name, tmp_path):
         kinds = [("linear", "label", "top-1"), ("knn-20-0.07", "label", "top-1"), ("rotation", "rotation", "top-1")]
         kinds += [("decoder", "pixels", "R2")]
         kinds += [("label-free", "features", m) for m in ("RankMe", "alpha-ReQ", "feature std")]
-        rows = [{"protocol": p, "target": t, "metric": m, "value": value, "baselines": {"random init": value / 2}}
-                for p, t, m in kinds]  # fmt: skip
-        return {**about, "evaluations": rows}
+        rows = [
+            {"protocol": p, "target": t, "metric": m, "value": value, "baselines": {"random init": value / 2}}
+            for p, t, m in kinds
+        ]
+        lines = [{"kind": "held-out", "step": s, "epoch": s / 10, **dict.fromkeys(NAMES, value + s)} for s in (0, 10)]
+        return {**about, "evaluations": rows, "measurements": lines}
 
     cards = {(run.name, seed): card(run, seed) for run in study.runs[::2] for seed in (0, 1)}
     for other in study.borrows:
         others = STUDIES[other].runs if other != "methods" else [Run(m, m) for m in decoder.METHODS]
         cards |= {(f"{other}/{run.name}", seed): card(run, seed) for run in others for seed in (0, 1)}
     cards = Cards(cards)
-    study.draw(cards).savefig(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-    text = table(study, cards)
+    study.draw(cards).savefig(tmp_path / "figure.webp")
+    assert (tmp_path / "figure.webp").stat().st_size > 10_000
+    text = tables_text(study, cards)
     assert text.count("\n") >= 3 and "| nan" not in text
+
+
+def test_a_file_of_cards_has_what_they_share_once(tmp_path):
+    def card(blur: float, value: float, *, baselines: dict) -> dict:
+        rows = [
+            {"protocol": "linear", "target": "label", "metric": "top-1", "value": value, "baselines": baselines},
+            {"protocol": "linear", "target": "hue", "metric": "R2", "value": None},
+        ]
+        rows[1]["settings"] = rows[0]["settings"] = {"epochs": 30}
+        config = {"blur": blur, "layers": [1, 1], "seed": 0, "stem": None}
+        return {"method": "simclr", "config": config, "evaluations": rows, "measurements": [{"step": 0}, {"V": 0.5}]}
+
+    cards = {("a", 0): card(0.0, 1.25, baselines={"raw pixels": 3.0}), ("b", 0): card(0.5, 2.0, baselines={})}
+    cards["c", 1] = {"method": "simclr", "config": {"blur": 0.0}, "evaluations": [], "diverged": "the loss is nan"}
+    write_cards(tmp_path / "cards.jsonl", Cards(cards))
+    for line in ('{"shares":0,"run":"b","seed":0,"config":{"blur":0.5},', '{"shares":1,"run":"c","seed":1}'):
+        assert line in (tmp_path / "cards.jsonl").read_text()
+    for card in cards.values():
+        for row in card["evaluations"]:
+            del row["settings"]
+    del cards["b", 0]["evaluations"][0]["baselines"]
+    assert read_cards(tmp_path / "cards.jsonl").cards == {
+        (run, seed): {"run": run, "seed": seed, **card} for (run, seed), card in cards.items()
+    }
 
 
 def test_publish_adds_to_what_is_committed(tmp_path, monkeypatch):
     """New cards go among the committed ones; those of other settings go; with no run here all is drawn again."""
     monkeypatch.setattr("studies.page.HERE", tmp_path)
     monkeypatch.setattr("studies.page.RESULTS", tmp_path / "results")
-    study = replace(tiny_study(seeds=(0, 1)), rows=lambda c: (("seeds",), [(len(c.of("one")),)]))
+    study = replace(tiny_study(seeds=(0, 1)), tables=lambda c: [Table(("seeds",), [(len(c.of("one")),)])])
     row = {"protocol": "linear", "target": "label", "metric": "top-1", "value": 7.0, "baselines": {"raw pixels": 3.0}}
 
     def card(run: Run, seed: int) -> dict:
@@ -199,6 +309,7 @@ def test_publish_adds_to_what_is_committed(tmp_path, monkeypatch):
 
     place = tmp_path / "results" / "tiny"
     place.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("Before\n\n<!-- studies:begin -->\nold\n<!-- studies:end -->\n\nAfter\n")
     old = Run("two", "simclr", {**TINY, "hue": 0.3}, "smoke")
     write_cards(place / "cards.jsonl", Cards({("one", 1): card(study.runs[0], 1), ("two", 0): card(old, 0)}))
     here = tmp_path / "runs" / "one-seed0"
@@ -210,13 +321,16 @@ def test_publish_adds_to_what_is_committed(tmp_path, monkeypatch):
         assert set(read_cards(place / "cards.jsonl").cards) == {("one", 0), ("one", 1)}
         drawn = (place / "table.md").read_text()
         assert "| 2 |" in drawn and "raw pixels: linear 3.0" in drawn
-        assert (place / "figure.png").exists() and (tmp_path / "README.md").exists()
+        assert (place / "figure.webp").exists()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("Before\n\n<!--") and text.endswith("-->\n\nAfter\n") and "\nold\n" not in text
+    assert text.count("Not run yet: `make study NAME=") == len(STUDIES)  # nothing is committed in this folder
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(UserError, match="tiny has no card yet"):
         write_results(tiny_study(), tmp_path, Cards({}))
-    with pytest.raises(UserError, match="no study: studies are projector"):
+    with pytest.raises(UserError, match="not a study: choose from first"):
         main(["projektor"])
 
 
@@ -249,8 +363,7 @@ def test_committed_results_are_of_these_studies():
         runs = {run.name: run for run in study.runs}
         for (name, seed), card in read_cards(path).cards.items():
             assert differing(runs[name], seed, card) == [] and card["seed"] == seed, (path, name)
-        assert study.answer, f"{study.name} has cards and no answer"
-        drawn = table(study, with_borrowed(study, read_cards(path)))
+        drawn = tables_text(study, with_borrowed(study, read_cards(path)))
         assert drawn == (path.parent / "table.md").read_text(), f"python -m studies {study.name} --publish again"
     if found:
         assert (HERE / "README.md").read_text() == page(STUDIES.values())
@@ -261,9 +374,11 @@ def test_committed_results_are_of_these_studies():
 
 def test_rank_correlation_by_hand():
     def slow(x, y):
-        """Pearson's correlation of ranks, each the mean place among its equals."""
+        """Pearson's correlation of the ranks; ties have their mean rank."""
+
         def places(v):
             return [sum(a < b for a in v) + (sum(a == b for a in v) - 1) / 2 for b in v]
+
         a, b = places(x), places(y)
         ma, mb = fmean(a), fmean(b)
         top = sum((i - ma) * (j - mb) for i, j in zip(a, b, strict=True))
@@ -292,8 +407,11 @@ def test_a_run_of_two_studies_counts_once():
     kinds = [("linear", "label", "top-1"), *(r for r, *_ in label_free.MEASURES.values())]
     rows = [{"protocol": p, "target": t, "metric": m, "value": 30.0} for p, t, m in kinds]
     runs = {"scale/a": Run("a", "simclr"), "decoder/b": Run("b", "simclr"), "scale/c": Run("c", "simclr", {"hue": 0.0})}
-    cards = {(name, seed): {"method": "simclr", "config": asdict(run.config(seed)), "evaluations": rows}
-             for name, run in runs.items() for seed in (0, 1)}  # fmt: skip
+    cards = {
+        (name, seed): {"method": "simclr", "config": asdict(run.config(seed)), "evaluations": rows}
+        for name, run in runs.items()
+        for seed in (0, 1)
+    }
     found = label_free.pairs_of(Cards(cards), row)
     assert {name: len(pairs) for name, pairs in found.items()} == {"decoder/b": 2, "scale/c": 2}
     assert set(label_free.pairs_of(Cards(cards), row, study="scale")) == {"scale/a", "scale/c"}
@@ -309,8 +427,9 @@ def test_a_run_of_two_studies_counts_once():
 def test_guillotine_reads_the_trained_projector(method, tmp_path):
     """The rebuilt projector gives what the method's own network gives, layer by layer, and its rows reach the card."""
     flags = ("--epochs", 1, "--limit", 128, "--eval-protocols", "knn", "--no-eval-baselines")
-    code, text = run_command(f"methods.{method}.train", "smoke", *flags, "--out", tmp_path, "--name", "run",
-                             log=tmp_path / "log")  # fmt: skip
+    code, text = run_command(
+        f"methods.{method}.train", "smoke", *flags, "--out", tmp_path, "--name", "run", log=tmp_path / "log"
+    )
     assert code == 0, text
     from common import checkpoint
     from common.backbones import load_backbone
@@ -347,14 +466,53 @@ def test_guillotine_reads_the_trained_projector(method, tmp_path):
     assert rows == [(n, m) for n in names for m in ("top-1", "RankMe")] and card["measured"] == ["studies.projector"]
 
 
+@pytest.mark.parametrize(
+    ("method", "images"), [("simclr", "shapes-textured"), ("byol", "shapes"), ("simsiam", "pairs")]
+)
+def test_first_reads_the_checkpoints_of_a_run(method, images, tmp_path, monkeypatch):
+    """The last epoch's row is the card's own linear probe; the first is of untrained weights."""
+    monkeypatch.setattr(first, "EPOCHS", (0, 1, 2))
+    flags = ["--epochs", first.EPOCHS[-1], "--limit", 64, "--save-every", 1, "--keep", first.EPOCHS[-1]]
+    flags += ["--data", images, "--normalize", images, "--eval-protocols", "linear", "factors"]
+    code, text = run_command(
+        f"methods.{method}.train", "smoke", *flags, "--out", tmp_path, "--name", "run", log=tmp_path / "log"
+    )
+    assert code == 0, text
+    measure(STUDIES["first"], tmp_path / "run")
+    card = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = {(r["protocol"], r["target"], r["metric"]): r["value"] for r in card["evaluations"]}
+    baselines = {r["target"]: r["baselines"]["random init"] for r in card["evaluations"] if r["protocol"] == "linear"}
+    last = first.EPOCHS[-1]
+    assert rows["first", first.KIND, f"top-1 after {last} epochs"] == rows["linear", "label", "top-1"]
+    assert rows["first", first.KIND, "top-1 after 0 epochs"] == baselines["label"]
+    background = rows["first", "background hue", f"R2 after {last} epochs"]
+    assert background == pytest.approx(rows["factor-linear", "background_hue", "R2"], abs=1e-9)
+    assert rows["first", "position", "R2 after 1 epochs"] != rows["first", "position", "R2 after 2 epochs"]
+    assert {target for protocol, target, _ in rows if protocol == "first"} == {first.KIND, *first.FACTORS}
+
+
+def test_targets_of_one_and_of_two_shapes():
+    one = {"hue": torch.tensor([0.25]), "background_hue": torch.tensor([0.0]), "x": torch.tensor([0.2])}
+    one |= {"y": torch.tensor([0.7]), "size": torch.tensor([0.4])}
+    two = {f"{name}{i}": value for name, value in one.items() if name != "background_hue" for i in (1, 2)}
+    two["background_hue"], two["hue2"] = one["background_hue"], torch.tensor([0.5])
+    for factors, difference in ((one, [[0.0, 1.0]]), (two, [[0.0, 1.0, -1.0, 0.0]])):
+        found = first.targets(factors)
+        torch.testing.assert_close(found["hue difference"], torch.tensor(difference, dtype=torch.float64))
+        shapes = len(difference[0]) // 2
+        torch.testing.assert_close(found["position"], torch.tensor([[0.2, 0.7] * shapes]))
+        assert found["size"].shape == (1, shapes)
+
+
 def test_decoder_rows_pictures_and_sheet(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "CONSTANTS", Constants(train_images=128, epochs=1, min_steps=0))
     run, study = decoder.RUNS[0], STUDIES["decoder"]
     for seed in (0, 1):
         place = tmp_path / directory_name(run, seed)
         flags = ("--epochs", 1, "--limit", 128, "--eval-protocols", "knn", "--no-eval-baselines", "--seed", seed)
-        code, text = run_command("methods.simclr.train", "smoke", *flags, "--out", tmp_path, "--name", place.name,
-                                 log=tmp_path / "log")  # fmt: skip
+        code, text = run_command(
+            "methods.simclr.train", "smoke", *flags, "--out", tmp_path, "--name", place.name, log=tmp_path / "log"
+        )
         assert code == 0, text
         measure(study, place)
         card = json.loads((place / "result.json").read_text())
@@ -367,7 +525,7 @@ def test_decoder_rows_pictures_and_sheet(tmp_path, monkeypatch):
             assert 0 <= rows["untrained"]["value"] < 50 and rows["decoder"]["baselines"]["PCA of pixels"] > 0.5
     assert load_file(tmp_path / directory_name(run, 0) / decoder.FILE)["decoded"].shape == (decoder.SHOWN, 3, 32, 32)
     study.after(tmp_path, Cards({}))
-    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    assert (tmp_path / "sheet.webp").stat().st_size > 10_000
 
 
 def test_measure_is_the_queues_second_command(tmp_path):
@@ -379,3 +537,27 @@ def test_measure_is_the_queues_second_command(tmp_path):
 
 def test_directory_names_hold_run_and_seed():
     assert directory_name(Run("a+b", "simclr"), 2) == "a+b-seed2"
+
+
+def test_autoencoders_are_scored_with_few_labels_and_by_their_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "FEW", Recipe(labels=("20",), epochs=1, min_steps=1))
+    for flags in ((), ("--no-eval-baselines",)):
+        arguments = ("smoke", "--epochs", 1, "--eval-protocols", "knn", *flags, "--out", tmp_path)
+        name = f"run{len(flags)}"
+        code, text = run_command("methods.autoencoder.train", *arguments, "--name", name, log=tmp_path / "log")
+        assert code == 0, text
+        measure(STUDIES["autoencoder"], tmp_path / name)
+        card = json.loads((tmp_path / name / "result.json").read_text())
+        rows = {row["protocol"]: row for row in card["evaluations"]}
+        assert set(rows["lowshot-20"]["baselines"]) == (set() if flags else {"random init", "random init, 3x epochs"})
+        assert 0 < rows["reconstruction"]["value"] < 2 and card["measured"] == ["studies.autoencoder"]
+
+
+def test_the_value_0_of_noise_and_masks_is_vanilla_at_the_presets_width():
+    width, *others = autoencoder.AXES
+    assert list(width.runs) == [4, 16, 64, 128, 512, 1024] and len(autoencoder.STUDY.runs) == 12
+    preset = PRESETS["quickstart"][1]
+    for axis in others:
+        config = axis.runs[0].config(0)
+        assert config.variant == "vanilla" and config.bottleneck == preset.bottleneck == 128
+        assert axis.runs[0] in width.runs.values() and len(axis.runs) == 4

@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.backbones import BackboneSpec, create_backbone, export_backbone, load_backbone
 from common.distributed import rank, world_size
@@ -21,6 +22,7 @@ from common.vit import (
     is_vit,
     last_attention,
     layer_groups,
+    resample_positions,
     sincos_positions,
     vit_arguments,
 )
@@ -54,7 +56,7 @@ def test_off_means_timms_own_network():
 def test_options_of_vits_are_refused_for_resnets():
     resnet = create_backbone(BackboneSpec("resnet18", layers=(1, 1, 1, 1)))
     for options in ({"patch_size": 4}, {"layer_scale": 0.1}, {"qk_norm": True}):
-        with pytest.raises(UserError, match="option of ViTs; resnet18"):
+        with pytest.raises(UserError, match="only to ViTs, but the backbone is resnet18"):
             vit_arguments("resnet18", sizes=(32,), **options)
     for call in (
         lambda: freeze_patch_projection(resnet),
@@ -62,7 +64,7 @@ def test_options_of_vits_are_refused_for_resnets():
         lambda: StochasticDepth(resnet, 0.1, seed=0, views=2, batch_size=4),
         lambda: layer_groups(decay_groups(resnet, 0.1), resnet, 0.9),
     ):
-        with pytest.raises(UserError, match="is an option of ViTs; ResNet"):
+        with pytest.raises(UserError, match="applies only to ViTs, but the backbone is ResNet"):
             call()
     StochasticDepth(resnet, 0.0, seed=0, views=2, batch_size=4).draw(0)  # off: any network will do
     groups = decay_groups(resnet, 0.1)
@@ -117,7 +119,7 @@ def test_sincos_positions_equal_a_slow_loop():
                 angles = [index / 10000 ** (i / (dim / 4)) for i in range(dim // 4)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             torch.testing.assert_close(ours[r * columns + c], torch.tensor(expected))
-    with pytest.raises(UserError, match="4 divides"):
+    with pytest.raises(UserError, match="divisible by 4"):
         sincos_positions(6, 2, 2)
 
 
@@ -129,6 +131,50 @@ def test_fixed_positions_are_neither_trained_nor_decayed():
     assert torch.equal(vit.pos_embed[0, 1:], sincos_positions(192, 4, 4))
     assert moved(vit, step(vit)) == set(vit.state_dict()) - {"pos_embed"}
     assert vit(images(2, 8)).shape == (2, 192)  # a local view: the grid is resampled
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "prefix"),
+    [((14, 14), (6, 6), 1), ((4, 4), (2, 2), 0), ((7, 5), (9, 16), 5), ((14, 14), (37, 37), 1)],
+)
+def test_positions_are_resampled_as_timm_does(old, new, prefix):
+    generator = torch.Generator().manual_seed(0)
+    positions = 0.02 * torch.randn(1, prefix + old[0] * old[1], 32, generator=generator)  # as they are initialized
+    weights = torch.randn(1, prefix + new[0] * new[1], 32, generator=generator)
+    results = []
+    for resample in (timm.layers.resample_abs_pos_embed, resample_positions):
+        leaf = positions.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = resample(leaf, new, old, prefix)
+        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), leaf)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_smaller_view_needs_no_interpolation():
+    """The backward pass of timm's own has no deterministic kernel on GPUs, where --deterministic would stop."""
+
+    class Operators(TorchDispatchMode):
+        seen: set[str] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    vit = small()
+    vit(images(2, 8))  # makes the matrix
+    with Operators() as mode:
+        vit(images(2, 8)).sum().backward()
+    assert vit.pos_embed.grad.abs().max() > 0 and any("mm" in name for name in mode.seen)
+    assert not [name for name in mode.seen if "upsample" in name]
+
+
+def test_resampled_positions_compile_into_one_graph():
+    vit = small().eval()
+    expected = [vit(images(2, size)) for size in (16, 8, 12)]
+    vit.compile(backend="eager", fullgraph=True)
+    for size, value in zip((16, 8, 12), expected, strict=True):
+        torch.testing.assert_close(vit(images(2, size)), value)
 
 
 # ---- LayerScale, QK-norm ---------------------------------------------------------------------------------------------
@@ -217,7 +263,7 @@ def test_masks_are_a_function_of_step_layer_view_and_sample():
     assert torch.equal(again.masks, first)
     again.select(2, 3)
     assert torch.equal(again.layers[1].mask, first[1, 2:5].flatten())
-    flat = (first[2:] > 0).flatten(0, 1).float()  # of two layers of one rate, 20 rows: no two alike
+    flat = (first[2:] > 0).flatten(0, 1).float()  # two layers of one rate, 20 rows: all different
     assert (torch.corrcoef(flat) - torch.eye(20)).abs().max() < 0.25
 
 

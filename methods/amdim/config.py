@@ -5,22 +5,17 @@ task_self_supervised.py); "bolts" is Lightning-Universe/lightning-bolts.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ImageConfig):
+    # ---- data: see common/config.py for the other settings
     data: str = "cifar10"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
+    split: str = "train"
+    """Splits to train on, as train+unlabeled; probes are always trained on "train". Code datasets.py: both of STL-10's,
+    105,000 images."""
     image_size: int = 32
     """Side of a view in pixels: 32, 64 or 128, each with its own encoder. Code model.py, encoder_size."""
     normalize: str = "amdim-cifar"
@@ -31,66 +26,50 @@ class Config(RunConfig):
     ndf: int = 128
     """Channels of the stem; the maps have 4 (32 px) or 8 times as many. Code train.py: 128; its large model 320."""
     n_rkhs: int = 1024
-    """Width of the features that are compared, and of the result. Code train.py: 1024; large 2560."""
+    """Width of the compared features and of the output. Code train.py: 1024; large 2560."""
     n_depth: int = 3
-    """Units of a block, all but one of 1x1. Code train.py: 3; large 10."""
+    """Units per block, all but one of them 1x1. Code train.py: 3; large 10."""
     hidden_bn: bool = False
     """BatchNorm inside units too. Code train.py, use_bn: off; the embeddings and f1 always end in one."""
     sync_bn: bool = True
-    """BatchNorm over all ranks, so that they equal one. The code's are per GPU."""
+    """BatchNorm statistics over all processes. The code's are per GPU."""
 
     # ---- objective
     clip: float = 20.0
-    """C of the scores, C tanh(s / C). Code train.py, tclip; bolts: 10."""
+    """C in C tanh(s / C), which bounds the scores. Code train.py, tclip; bolts: 10."""
     penalty: float = 5e-2
     """Weight of the mean squared raw score. Code costs.py: 5e-2; the paper's 4e-2 is unverified."""
     online_probes: bool = False
-    """Train a linear and an MLP probe on detached f1 of the training views beside the encoder, and log them as online_*
-    (code model.py, Evaluator). Never the result, which is measured on frozen features."""
+    """Also train a linear and an MLP probe on detached f1 of the training views and log them as online_* (code
+    model.py, Evaluator). Never the result, which is measured on frozen features."""
 
     # ---- views
     translate: int = 4
-    """Pixels by which a view is moved, borders reflected, p 0.8; 0: crop instead. Code datasets.py: 4 at 32 px."""
+    """Pixels by which a view is translated, borders reflected, p 0.8; 0: crop instead. Code datasets.py: 4 at 32 px."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Area of a random crop where nothing is moved. Code datasets.py, STL-10 and ImageNet."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.2)
+    """Area of a random crop, if --translate is 0. Code datasets.py, STL-10 and ImageNet."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.2)
     """Brightness, contrast, saturation, hue. Code datasets.py; hue 0.1 on ImageNet."""
-    jitter_p: float = 0.8
+    color_jitter_prob: float = 0.8
     """Probability of the jitter. Code datasets.py."""
-    grey: float = 0.25
-    """Probability of greyscale. Code datasets.py."""
+    grayscale: float = 0.25
+    """Probability of grayscale. Code datasets.py."""
 
-    # ---- optimisation
+    # ---- optimization
     epochs: int = 300
-    """Code task_self_supervised.py: 300 on CIFAR and STL-10, 50 on ImageNet (best: 100)."""
+    """Passes over the data. Code task_self_supervised.py: 300 on CIFAR and STL-10, 50 on ImageNet (best: 100)."""
     batch_size: int = 200
-    """Global batch in images, over all processes: negatives are all places of the others. Code train.py: 200."""
+    """Global batch size, over all processes: negatives are all positions of the other images. Code train.py: 200."""
     lr: float = 2e-4
-    """Peak rate of Adam, whatever the batch. Code train.py."""
+    """Peak learning rate of Adam, not scaled with the batch. Code train.py."""
     betas: tuple[float, float] = (0.8, 0.999)
-    """Of Adam. Code task_self_supervised.py."""
+    """Adam's betas. Code task_self_supervised.py."""
     weight_decay: float = 1e-5
-    """Added to the gradient (L2), for all tensors. Code task_self_supervised.py."""
+    """Weight decay added to the gradient (L2), for all tensors. Code task_self_supervised.py."""
     warmup_steps: int = 500
-    """Updates of linear warm-up, the first one at lr / 500. Code task_self_supervised.py."""
+    """Steps of linear warm-up, the first one at lr / 500. Code task_self_supervised.py."""
     milestones: tuple[int, ...] = (250, 280)
     """Epochs after which the rate is multiplied by 0.2. Code task_self_supervised.py; ImageNet: 30 and 45."""
-
-    # ---- precision, randomness
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. Scores and loss are always float32."""
-    compile: bool = False
-    """torch.compile for the encoder and the colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, source places and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        for name in ("crop_scale", "jitter", "betas", "milestones"):
-            setattr(self, name, tuple(getattr(self, name)))
 
 
 CIFAR10 = Config()
@@ -102,11 +81,16 @@ SHAPES = Config(
     data="shapes",
     normalize="shapes",
     **TINY,
-    translate=0,  # moved by 4 px alone, a figure could be told by its place and size
+    translate=0,  # moved by 4 px alone, position and size alone would identify a shape
     crop_scale=(0.3, 1.0),
-    jitter=(0.4, 0.4, 0.4, 0.5),  # any hue, always, and half of the views grey: else colour would solve the task
-    jitter_p=1.0,
-    grey=0.5,
+    color_jitter=(
+        0.4,
+        0.4,
+        0.4,
+        0.5,
+    ),  # any hue, always, and half of the views gray: otherwise color would solve the task
+    color_jitter_prob=1.0,
+    grayscale=0.5,
     epochs=18,
     batch_size=64,  # scores grow with its square: at 64 they are a sixth of the step
     lr=2e-3,
@@ -117,7 +101,11 @@ SHAPES = Config(
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, 5 MMAC encoder: minutes on two cores, to see AMDIM learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, 5 MMAC encoder: minutes on two cores, to see AMDIM learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=10, milestones=(8, 9)),
+    ),
+    "shapes": ("embedded single shapes, 5 MMAC encoder: a task with easier answers than the shape", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(
@@ -151,9 +139,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "stl10": (
-        "STL-10 at 64 px, 192 / 1536 / 8, 300 epochs: 94.2 % linear (unverified)",
+        "STL-10 at 64 px, train and unlabeled images, 192 / 1536 / 8, 300 epochs: 94.2 % linear (unverified)",
         Config(
             data="stl10",
+            split="train+unlabeled",
             image_size=64,
             normalize="amdim-stl10",
             ndf=192,
@@ -172,7 +161,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             n_rkhs=2560,
             n_depth=10,
             translate=0,
-            jitter=(0.4, 0.4, 0.4, 0.1),
+            color_jitter=(0.4, 0.4, 0.4, 0.1),
             epochs=50,
             batch_size=480,
             milestones=(30, 45),
@@ -181,13 +170,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, source: str, note: str) -> dict:
-    return {"value": value, "metric": "top-1", "protocol": "linear-augmented", "source": source, "note": note}
-
-
 # What others report. Ours is always the last epoch, on features of the frozen network in eval mode.
+PROTOCOL = "linear-augmented"
 PUBLISHED: dict[str, list[dict]] = {
-    "cifar10-large": [_published(91.2, "arXiv:1906.00910 (unverified)", "large model; 93.1 with an MLP")],
-    "stl10": [_published(94.2, "arXiv:1906.00910 (unverified)", "large model; 94.5 with an MLP")],
-    "imagenet-128": [_published(68.1, "amdim-public README", "best run, learned augmentation; 68+ for this size")],
+    "cifar10-large": [published(91.2, PROTOCOL, "arXiv:1906.00910 (unverified)", "large model; 93.1 with an MLP")],
+    "stl10": [published(94.2, PROTOCOL, "arXiv:1906.00910 (unverified)", "large model; 94.5 with an MLP")],
+    "imagenet-128": [
+        published(68.1, PROTOCOL, "amdim-public README", "best run, learned augmentation; 68+ for this size")
+    ],
 }

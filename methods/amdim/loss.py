@@ -1,7 +1,8 @@
 """AMDIM's objective (arXiv:1906.00910; code costs.py, LossMultiNCE): multi-scale noise-contrastive prediction.
 
-B: global batch in images; n = B / ranks; L: places of a feature map (25 or 49); R: width of the features.
-A source is one vector of an image in one view, the targets are the features of all places of all B images in the other.
+B: global batch in images; n = B / processes; L: positions of a feature map (25 or 49); R: width of the features.
+A source is one vector of an image in one view, the targets are the features of all positions of all B images in the
+other.
 """
 
 import math
@@ -12,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from common.distributed import all_gather, all_reduce, rank, world_size
 from common.errors import UserError
+from common.rng import generator
 
-PLACES5, PLACES7 = 25, 49
+POSITIONS5, POSITIONS7 = 25, 49
 
 
 # Scores of one matrix product, and of one sweep of elementwise operations on a CPU, whose cache should hold them.
@@ -21,15 +23,15 @@ _PRODUCT, _SWEEP = 1 << 24, 1 << 17
 
 
 def nce(sources: Tensor, targets: Tensor, *, first: int, clip: float, penalty: float) -> tuple[Tensor, dict]:
-    """Mean over sources and over the places of their own image of -log [e^s+ / (e^s+ + sum over other images of e^s)],
-    plus penalty * mean(raw^2).
+    """Mean over sources and over the positions of their image of
+    -log [e^s+ / (e^s+ + sum over other images of e^s)], plus penalty * mean(raw^2).
 
-    sources: [n, R], of the images first ... first + n - 1 of the batch; targets: [B, L, R]. Both are taken as float32
-    at least. raw = source . target / sqrt(R); s = clip tanh(raw / clip). The other places of the own image are in no
-    denominator, and the penalty is taken of all raw scores, before clipping.
+    sources: [n, R], of the images first ... first + n - 1 of the batch; targets: [B, L, R]; computed at least in
+    float32. raw = source . target / sqrt(R); s = clip tanh(raw / clip). The other positions of the same image are in no
+    denominator, and the penalty is over all raw scores, before clipping.
     Returns the loss and detached 0-d tensors: `nce` (without penalty; chance level ln(1 + L (B - 1))), `score_rms`
-    (root mean square of the raw scores) and `hits` (share of sources that score highest, of all B L, at a place of
-    their own image; by chance 1 / B).
+    (root mean square of the raw scores) and `hits` (share of sources that score highest, of all B L, at a position of
+    their image; by chance 1 / B).
     """
     if not 0 < clip <= 40:
         raise UserError(f"--clip {clip:g}: choose it above 0 and up to 40, where e^-2C still is a float32")
@@ -40,20 +42,20 @@ def nce(sources: Tensor, targets: Tensor, *, first: int, clip: float, penalty: f
 
 
 class _NCE(torch.autograd.Function):
-    """Loss and gradient at once: the loss is a scalar, and its gradient only waits for a factor.
+    """Loss and gradient in one pass: the loss is a scalar, so the backward pass only multiplies by a factor.
 
-    No score exceeds C, so e^(s - C) needs no search for a maximum: it lies in [e^-2C, 1]. Scores turn into their
-    gradients in place.
+    No score exceeds C, so e^(s - C) needs no maximum subtracted: it lies in [e^-2C, 1]. Scores are overwritten by their
+    gradients.
     """
 
     @staticmethod
     def forward(ctx, sources, targets, first, clip, penalty):
         n, width = sources.shape
-        images, places = targets.shape[:2]
+        images, positions = targets.shape[:2]
         flat = targets.flatten(0, 1)  # [B L, R]
         unit = 2 / (clip * width**0.5)  # 2 raw / C = unit * source . target
-        own = (torch.arange(n, device=flat.device)[:, None] + first) * places
-        own = own + torch.arange(places, device=flat.device)  # [n, L], columns of the own image
+        own = (torch.arange(n, device=flat.device)[:, None] + first) * positions
+        own = own + torch.arange(positions, device=flat.device)  # [n, L], columns of the same image
         product = max(1, _PRODUCT // len(flat))
         sweep = max(1, _SWEEP // len(flat)) if flat.device.type == "cpu" else product
         d_sources, d_flat = torch.empty_like(sources), torch.zeros_like(flat)
@@ -66,7 +68,7 @@ class _NCE(torch.autograd.Function):
                 sums += _sweep_(part, part_own, clip, penalty * (clip / 2) ** 2 / images)
             d_sources[rows] = (x @ flat).mul_(unit)
             d_flat.addmm_(x.T, q)
-        count = n * places
+        count = n * positions
         ctx.save_for_backward(d_sources.div_(count), d_flat.div_(count).view(targets.shape))
         plain, squares, hits = sums[0] / count, sums[1] * ((clip / 2) ** 2 / (count * images)), sums[2] / n
         ctx.mark_non_differentiable(plain, squares, hits)
@@ -88,11 +90,11 @@ def _sweep_(x: Tensor, own: Tensor, clip: float, penalty: float) -> Tensor:
     half = torch.sigmoid(x)  # s = C (2 half - 1)
     mine = half.gather(1, own)  # [c, L]
     positive = 2 * clip * (mine - 1)  # s - C
-    e = torch.add(x.new_tensor(-2 * clip), half, alpha=2 * clip).exp_()  # e^(s - C)
-    e.scatter_(1, own, 0.0)  # no place of the own image is a negative
+    e = torch.add(x.new_full((), -2 * clip), half, alpha=2 * clip).exp_()  # e^(s - C)
+    e.scatter_(1, own, 0.0)  # no position of the same image is a negative
     others, best = e.sum(1, keepdim=True), e.amax(1)
     mine = positive.exp()
-    denominator = mine + others  # [c, L]: one problem a place
+    denominator = mine + others  # [c, L]: one problem per position
     loss = (denominator.log() - positive).sum()
     hits = (mine.amax(1) > best).sum()
     # d loss / d s of a negative is e^(s - C) sum_l 1 / denominator_l; then the sigmoid; raw scores get the penalty.
@@ -103,21 +105,21 @@ def _sweep_(x: Tensor, own: Tensor, clip: float, penalty: float) -> Tensor:
 
 
 def multi_scale(
-    f1: Tensor, f5: Tensor, f7: Tensor, places: Tensor, *, clip: float, penalty: float, alone: bool = False
+    f1: Tensor, f5: Tensor, f7: Tensor, positions: Tensor, *, clip: float, penalty: float, alone: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over the pairs 1-5, 1-7 and 5-5 of the mean of both directions, view 1 -> 2 and 2 -> 1, with the penalty.
 
-    f1: [2, n, R]; f5: [2, n, 25, R]; f7: [2, n, 49, R], this rank's images in both views; places: long [2, n], the
-    place of each view's f5 that is the source in 5-5. Targets are gathered from all ranks, with gradient; sources stay.
-    `alone`: without the other ranks, n is the whole batch.
+    f1: [2, n, R]; f5: [2, n, 25, R]; f7: [2, n, 49, R], this process's images in both views; positions: long [2, n],
+    the position of each view's f5 that is the source in 5-5. Targets are gathered from all processes, with gradient;
+    sources stay local. `alone`: without the other processes, n is the whole batch.
     Returns the loss and its detached parts: `nce_1_5`, `nce_1_7`, `nce_5_5`, `score_rms` of the raw scores and
-    `retrieval`, the share of 1-5's sources whose highest score is at a place of their own image (by chance 1 / B).
-    Chance level: 2 ln(1 + 25 (B - 1)) + ln(1 + 49 (B - 1)). A mean over own sources: the mean over ranks, and of the
-    gradients, is that of one rank.
+    `retrieval`, the share of 1-5's sources whose highest score is at a position of their image (by chance 1 / B).
+    Chance level: 2 ln(1 + 25 (B - 1)) + ln(1 + 49 (B - 1)). A mean over local sources: the mean over processes, and of
+    the gradients, equals that of one process.
     """
     n = f1.shape[1]
-    single = f5.gather(2, places[..., None, None].expand(-1, -1, 1, f5.shape[-1]))[:, :, 0]  # [2, n, R]
-    gather = (lambda x: x) if alone else all_gather  # views apart: no copy on one rank
+    single = f5.gather(2, positions[..., None, None].expand(-1, -1, 1, f5.shape[-1]))[:, :, 0]  # [2, n, R]
+    gather = (lambda x: x) if alone else all_gather  # views apart: no copy on one process
     all5, all7 = ([gather(view if view.dtype == torch.float64 else view.float()) for view in f] for f in (f5, f7))
     pairs = {"1_5": (f1, all5), "1_7": (f1, all7), "5_5": (single, all5)}
     options = dict(first=0 if alone else rank() * n, clip=clip, penalty=penalty)
@@ -129,19 +131,20 @@ def multi_scale(
         squares += [part["score_rms"].square() for _, part in both]
         if name == "1_5":
             parts["retrieval"] = (both[0][1]["hits"] + both[1][1]["hits"]) / 2
-    parts["score_rms"] = torch.stack(squares).mean().sqrt()
+    mean_square = torch.stack(squares).mean()
+    parts["score_rms"] = (mean_square if alone else all_reduce(mean_square) / world_size()).sqrt()
     return loss, parts
 
 
 def probe_loss(logits: tuple[Tensor, Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of 10 tanh(logit / 10) plus 1e-3 mean(logit^2), summed over the linear and the MLP probe.
 
-    logits: two of [2n, C]; labels: long [n], negative where there is none. Returns the loss, whose mean over ranks is
-    that of one rank, and the accuracies in percent on the training views, `online_linear` and `online_mlp`.
+    logits: two of [2n, C]; labels: long [n], negative where there is none. Returns the loss, whose mean over processes
+    equals that of one process, and the accuracies in percent on the training views, `online_linear` and `online_mlp`.
     """
     labels = torch.cat([labels, labels])
     known = labels >= 0
-    count = (all_reduce(known.sum().float()) / world_size()).clamp(min=1)  # a rank's share of the labelled rows
+    count = (all_reduce(known.sum().float()) / world_size()).clamp(min=1)  # a process's share of the labeled rows
     loss, parts = 0.0, {}
     for name, raw in zip(("online_linear", "online_mlp"), logits, strict=True):
         raw = raw if raw.dtype == torch.float64 else raw.float()
@@ -154,16 +157,23 @@ def probe_loss(logits: tuple[Tensor, Tensor], labels: Tensor) -> tuple[Tensor, d
 
 @torch.no_grad()
 def effective_dimensions(f1: Tensor) -> Tensor:
-    """Participation ratio of the covariance of features [N, R], (tr C)^2 / tr C^2: 1 if all lie on one line, at most R.
+    """Participation ratio of the covariance of features [n, R] of all processes, (tr C)^2 / tr C^2: 1 if all lie on one
+    line, at most R.
 
-    f1 ends in a BatchNorm, so its spread says nothing; the number of directions does.
+    f1 ends in a BatchNorm, so its spread is no signal; the number of directions is.
     """
-    x = f1.float() - f1.float().mean(0)
+    f1 = all_gather(f1.float())
+    x = f1 - f1.mean(0)
     gram = x @ x.T
     return gram.trace().square() / gram.square().sum().clamp(min=1e-30)
 
 
 def chance(batch: int) -> dict[str, float]:
     """Chance levels of `multi_scale`'s loss (without penalty), of its three terms and of `retrieval`."""
-    one5, one7 = (math.log(1 + places * (batch - 1)) for places in (PLACES5, PLACES7))
+    one5, one7 = (math.log(1 + positions * (batch - 1)) for positions in (POSITIONS5, POSITIONS7))
     return {"loss": 2 * one5 + one7, "nce_1_5": one5, "nce_1_7": one7, "nce_5_5": one5, "retrieval": 1 / batch}
+
+
+def draw_positions(seed: int, step: int, batch: int) -> Tensor:
+    """The 5x5 position that is an image's source in the pair 5-5, long [2, B]: one for each image and direction."""
+    return torch.randint(POSITIONS5, (2, batch), generator=generator(seed, "places", step))

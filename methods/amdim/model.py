@@ -1,7 +1,7 @@
 """AMDIM's network (arXiv:1906.00910; code model.py): local features that see little, one global feature that sees all.
 
-Convolutions are valid ones (but for the reflecting stem at 128 px), so the features of every place have the same law
-and see exactly the pixels of the table; depth comes from 1x1 units, which see nothing more:
+Convolutions are unpadded (except the reflecting stem at 128 px), so features of all positions have one distribution and
+see exactly the pixels of the table; depth comes from 1x1 units, which do not enlarge the receptive field:
 
     image   7x7 features see   5x5   1x1   one step is
     32      8 px               16    32    4 px
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A map's features in the space of the scores, place by place: 1x1 - [BN] - ReLU - 1x1 plus a linear shortcut, BN.
+    """A map's features in the space of the scores, per position: 1x1 - [BN] - ReLU - 1x1 plus a linear shortcut, BN.
 
     The shortcut starts as (nearly) the identity, the branch at zero.
     """
@@ -140,10 +140,10 @@ class Embedding(nn.Module):
 
 
 class Probes(nn.Module):
-    """Linear and MLP classifier on detached f1, trained beside the encoder: an online number, never the result.
+    """Linear and MLP classifier on detached f1, trained alongside the encoder: an online number, never the result.
 
     forward(f1 [M, R], noise [M, R + hidden]) -> logits [M, C] of both. noise: uniform numbers that choose what is
-    dropped (share 0.2, MLP only; none in eval mode), drawn outside so that ranks can share one draw.
+    dropped (share 0.2, MLP only; none in eval mode), drawn outside so that processes can share one draw.
     """
 
     hidden = 1024
@@ -185,7 +185,7 @@ class AMDIM(nn.Module):
         return f1, f5, f7
 
     def forward(self, view1: Tensor, view2: Tensor, noise: Tensor | None = None):
-        # One pass a view, as the code: BatchNorm's statistics are a view's own.
+        # One pass per view, as in the code: BatchNorm's statistics are per view.
         f1, f5, f7 = (torch.stack(pair) for pair in zip(self.embed(view1), self.embed(view2), strict=True))
         logits = () if self.probes is None else self.probes(f1.flatten(0, 1), noise)
         return f1, f5, f7, logits

@@ -6,24 +6,27 @@ import torch
 from torch import Tensor
 
 from common import rng
-from common.augment import View, ViewRecipe
 from common.errors import UserError
+from common.views.constants import constant
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
+
+from .config import Config
 
 
-def one_view(
-    size: int,
-    *,
-    crop_scale: tuple[float, float],
-    flip: float,
-    interpolation: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    compile: bool = False,
-) -> ViewRecipe:
-    """Crop and flip only: the target is the view itself, so colour jitter would change what is learnt, not how."""
-    ratio = (1.0, 1.0) if crop_scale == (1.0, 1.0) else (3 / 4, 4 / 3)  # the whole image, or torchvision's crop
-    view = View(size=size, scale=crop_scale, ratio=ratio, interpolation=interpolation, flip=flip, mean=mean, std=std)
-    return ViewRecipe([view], compile=compile)
+def one_view(cfg: Config) -> ViewRecipe:
+    """Crop and flip only: the target is the view itself, so color jitter would change what is learned, not how."""
+    ratio = (1.0, 1.0) if cfg.crop_scale == (1.0, 1.0) else (3 / 4, 4 / 3)  # the image itself, or torchvision's crop
+    view = View(
+        size=cfg.image_size,
+        scale=cfg.crop_scale,
+        ratio=ratio,
+        interpolation=cfg.interpolation,
+        flip=cfg.flip,
+        mean=cfg.mean,
+        std=cfg.std,
+    )
+    return ViewRecipe([view], compile=cfg.compile)
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Corruption:
     """From views to inputs: the identity, x + n, or x with blocks removed. Raises UserError for one that is void.
 
     noise: standard deviation of n for pixels in [0, 1]; mask_ratio: share of the blocks of `patch` px that is removed,
-    rounded to whole blocks; std: the normalisation of the views, by which noise is divided. A removed pixel is 0 in
-    normalised units, the mean colour. It is not rescaled by 1 / keep: that corrects sums, and norms follow here.
+    rounded to complete blocks; std: the normalization of the views, by which noise is divided. A removed pixel is 0 in
+    normalized units, the mean color. It is not rescaled by 1 / keep: that corrects sums, and norms follow here.
     """
 
     variant: str
@@ -75,7 +78,7 @@ class Corruption:
 
     def draw(self, count: int, seed: int, step: int | str, device: torch.device | str = "cpu") -> Tensor | None:
         """The random part for a global batch, a function of (seed, step): noise [count, 3, s, s], block scores
-        [count, blocks], or None. Slice the rank's part. Drawn on `device`: normals for large images take long on a CPU.
+        [count, blocks], or None. Slice the process's part. Drawn on `device`: large normals take long on CPUs.
         """
         if self.variant == "vanilla":
             return None
@@ -86,11 +89,11 @@ class Corruption:
         return torch.rand(count, self.blocks, generator=g, device=device)
 
     def __call__(self, views: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(inputs [n, 3, s, s], mask [n, 1, s, s] with 1 = removed, or None) of normalised views and their `draw`."""
+        """(inputs [n, 3, s, s], mask [n, 1, s, s] with 1 = removed, or None) of normalized views and their `draw`."""
         if self.variant == "vanilla":
             return views, None
         if self.variant == "denoising":
-            std = torch.tensor(self.std, device=views.device, dtype=views.dtype).view(3, 1, 1)
+            std = constant(self.std, views.device, views.dtype).view(3, 1, 1)
             return views + drawn.to(views.dtype) * (self.noise / std), None
         mask = block_mask(drawn, self.removed, self.size // self.patch, self.patch).to(views.dtype)
         return views * (1 - mask), mask

@@ -7,91 +7,52 @@ There is no paper to reproduce: "lecture" is A. Sahai, CS 182/282A (UC Berkeley)
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ResNetConfig, Stem, ViTConfig
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
+class Config(ResNetConfig, ViTConfig, ImageConfig):
     # ---- task
     variant: Literal["vanilla", "denoising", "masked"] = "vanilla"
     """What the encoder sees: x, x + noise, or x with blocks removed; the target is x. Lecture 16.2.1 to 16.2.3."""
     bottleneck: int = 128
     """Width of the latent. Lecture 16.1: lower than the input's; here 128 of 3072 at 32 px."""
     latent_from: Literal["map", "pooled"] = "map"
-    """The latent is a linear map of the whole last feature map, or of the pooled features alone. Here: map."""
+    """Input of the latent's linear layer: the last feature map, or the pooled features. Here: map."""
     noise: float = 0.25
     """Standard deviation of the noise on pixels in [0, 1], for --variant denoising. Here: 0.1 to 0.5 are studied."""
     mask_ratio: float = 0.5
     """Share of blocks removed, for --variant masked (the lecture's 1 - p). Here: 0.25 to 0.75 are studied."""
     mask_patch: int = 4
-    """Side of a block in pixels. Here: single pixels would be completed from their neighbours."""
+    """Side of a block in pixels. Here: single pixels would be completed from their neighbors."""
     loss_on: Literal["all", "masked"] = "all"
-    """Pixels that are compared, for --variant masked. Lecture 16.2.3: all of x; masked: only what was removed (MAE)."""
+    """Pixels in the loss, for --variant masked. Lecture 16.2.3: all of x; masked: only what was removed (MAE)."""
 
-    # ---- data
+    # ---- data: see common/config.py for the other settings
     data: str = "cifar10"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
-    image_size: int = 32
-    """Side of a view in pixels."""
     normalize: str = "cifar10"
     """Mean and std of inputs and targets: none, or those of shapes, cifar10, imagenet-1k ..."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Area of a random crop; (1, 1): the whole image. Here: CIFAR-10 without crops."""
+    """Area of a random crop; (1, 1): the full image. Here: CIFAR-10 without crops."""
     flip: float = 0.5
     """Probability of a left-right flip."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling of crops."""
 
     # ---- network
-    backbone: str = "resnet18"
-    """timm name."""
-    stem: Literal["timm", "cifar"] = "cifar"
-    """cifar: 3x3 convolution, stride 1, no max-pool."""
-    layers: tuple[int, ...] = ()
-    """Blocks per stage of a ResNet; default: timm's."""
-    channels: tuple[int, ...] = ()
-    """Width per stage of a ResNet; default: timm's."""
-    stem_width: int = 64
-    """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
-    patch_size: int = 0
-    """Patch of a ViT in pixels; default: that of its name."""
-    sync_bn: bool = True
-    """BatchNorm over all ranks."""
+    stem: Stem = "cifar"
     decoder_width: int = 64
     """Channels of the decoder's first grid; halved with each doubling of the side. Here: lighter than the encoder."""
 
-    # ---- optimisation
+    # ---- optimization
     epochs: int = 200
-    """Here: as the other methods' CIFAR-10 comparisons."""
-    batch_size: int = 256
-    """Global batch in images, over all processes."""
+    """Passes over the training images. Here: as in the other methods' CIFAR-10 comparisons."""
     lr: float = 1e-3
     """Peak rate of AdamW, not scaled with the batch."""
     warmup_epochs: float = 5
     """Linear warm-up from 0."""
     weight_decay: float = 0.05
-    """Of AdamW; not on norms and biases."""
-
-    # ---- precision, randomness
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32."""
-    compile: bool = False
-    """torch.compile for the backbone."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, noise, masks and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        self.crop_scale, self.layers, self.channels = tuple(self.crop_scale), tuple(self.layers), tuple(self.channels)
+    """AdamW's weight decay; not on norms and biases."""
 
 
 # 4.2 million multiply-adds an image of 32 px, and a decoder of a quarter of that.
@@ -113,7 +74,11 @@ SHAPES = Config(
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, 4 MMAC ResNet: minutes on two cores, to see an autoencoder learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, 4 MMAC ResNet: minutes on two cores, to see an autoencoder learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=8),
+    ),
+    "shapes": ("embedded single shapes, 4 MMAC ResNet, 30 epochs", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, knn_every=0, log_every=2, save_every=4),

@@ -1,10 +1,7 @@
-"""A timm backbone, a bottleneck of chosen width, a light decoder. No connection passes the bottleneck by: a skip would
-let the input through and make denoising and completion trivial."""
+"""The light decoder of an autoencoder."""
 
 import torch
 from torch import Tensor, nn
-
-from common.errors import UserError
 
 
 class Decoder(nn.Module):
@@ -33,36 +30,7 @@ class Decoder(nn.Module):
         return self.stages(self.grid(latent).unflatten(1, self.shape))
 
 
-class Autoencoder(nn.Module):
-    """Images [N, 3, s, s] -> (reconstructions [N, 3, s, s], features [N, backbone.num_features]).
-
-    bottleneck: width of the latent l = E(x), a linear map of the whole last feature map or, `latent_from` "pooled", of
-    the pooled features alone, which are what evaluation sees either way.
-    """
-
-    def __init__(self, backbone: nn.Module, bottleneck: int, latent_from: str, size: int, decoder_width: int):
-        super().__init__()
-        if bottleneck < 1:
-            raise UserError(f"--bottleneck {bottleneck}: the latent needs at least one dimension")
-        if decoder_width < 8:
-            raise UserError(f"--decoder-width {decoder_width}: at least 8 channels are needed")
-        self.backbone, self.latent_from = backbone, latent_from
-        inputs = backbone.num_features if latent_from == "pooled" else _map_size(backbone, size)
-        self.to_latent = nn.Linear(inputs, bottleneck)
-        self.decoder = Decoder(bottleneck, size, decoder_width)
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(latents [N, r], features [N, num_features])."""
-        maps = self.backbone.forward_features(images)
-        features = self.backbone.forward_head(maps)
-        return self.to_latent(features if self.latent_from == "pooled" else maps.flatten(1)), features
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        latents, features = self.encode(images)
-        return self.decoder(latents), features
-
-
-def _map_size(backbone: nn.Module, size: int) -> int:
+def map_size(backbone: nn.Module, size: int) -> int:
     """Numbers in the last feature map of one image."""
     parameter = next(backbone.parameters())
     training = backbone.training

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones import BackboneSpec
-from eval.features import normaliser
-from eval.report import image_tag
+from common.html import image_tag
+from eval.features import normalizer
 
 from .augment import Corruption
 
@@ -43,7 +43,7 @@ def reconstruction_section(
 ) -> list[tuple[str, str]]:
     """(title, HTML): for the first test images the original, and for each level the input and its reconstruction."""
     images = store.eval_images(0, min(count, len(store)), spec.image_size)
-    target = normaliser(spec.mean, spec.std, device)(images)
+    target = normalizer(spec.mean, spec.std, device)(images)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (spec.mean, spec.std))
 
     def shown(x: Tensor) -> Tensor:

@@ -1,173 +1,137 @@
 """Vanilla, denoising and masked autoencoders with timm backbones (A. Sahai, CS 182/282A, lecture 16, 2022).
 
-The encoder squeezes an image, as it is or damaged, into a few numbers; a light decoder must draw the image from them.
+The encoder compresses an image, clean or corrupted, into a few numbers, from which a light decoder reconstructs it.
 
     python -m methods.autoencoder.train quickstart                               # embedded data, minutes on two cores
     python -m methods.autoencoder.train quickstart --variant masked --mask-ratio 0.75
     python -m methods.autoencoder.train cifar10-r18 --variant denoising --noise 0.25
     accelerate launch -m methods.autoencoder.train imagenette-r18 --variant masked
     python -m methods.autoencoder.train                                          # all presets; add --plan to any
-    python -m methods.autoencoder.linear                                         # the lecture's linear forms, measured
-    python -m methods.autoencoder.study                                          # width, noise and mask ratio compared
+    python -m studies autoencoder                                                # width, noise and mask ratio compared
+    python -m studies linear-autoencoder                                         # the lecture's linear forms, measured
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from common.backbones import BackboneSpec, create_backbone, export_backbone
-from common.cli import guarded, parse
-from common.data import ViewLoader, mean_std, open_data
-from common.distributed import per_rank, sync_batchnorm
+from common.backbones import create_backbone
+from common.cli import parse, run_cli
 from common.errors import UserError
 from common.health import feature_std
 from common.optim import decay_groups, set_lr
-from common.run import Run, Watch, make_accelerator
-from common.schedules import warmup_cosine
-from common.vit import vit_arguments
-from eval.finish import finish, online_knn
+from common.schedules import cosine_schedule
+from eval.session import ImageSession
 
 from .augment import Corruption, one_view
 from .config import PRESETS, PUBLISHED, Config
+from .health import SIGNALS, health_checks
 from .loss import reconstruction_loss
-from .model import Autoencoder
+from .model import Decoder, map_size
 from .reconstruct import reconstruction_section
 
 METHOD = Path(__file__).parent.name
-SIGNALS = {
-    "relative_error": "squared error divided by that of the mean image: 1, nothing learnt; 0, perfect",
-    "mean_image": "squared error of the batch's mean image, in the same units as the loss: the level to be below",
-    "feature_std": "spread of the pooled features over the sphere; 0 if all images get the same ones",
-}
 
 
-def health_rules(after: int) -> list[Watch]:
-    return [
-        Watch(
-            "relative_error",
-            above=0.99,
-            after=after,
-            message="Reconstructions are no better than the mean image: the decoder ignores its input. Lower --lr, "
-            "warm up longer, or widen --bottleneck; with --variant masked remove less.",
-        ),
-        Watch(
-            "feature_std",
-            below=0.02,
-            after=after,
-            message="All images get nearly the same pooled features: they collapse. Lower --lr or --weight-decay, or "
-            "let the latent read them (--latent-from pooled).",
-        ),
-    ]
+class Autoencoder(nn.Module):
+    """Images [N, 3, s, s] -> (reconstructions [N, 3, s, s], features [N, backbone.num_features]).
+
+    bottleneck: width of the latent l = E(x), a linear map of the last feature map or, `latent_from` "pooled", of
+    the pooled features alone, which are what evaluation sees either way. No connection bypasses the bottleneck: a skip
+    would let the input through and make denoising and completion trivial.
+    """
+
+    def __init__(self, backbone: nn.Module, bottleneck: int, latent_from: str, size: int, decoder_width: int):
+        super().__init__()
+        if decoder_width < 8:
+            raise UserError(f"--decoder-width {decoder_width}: at least 8 channels are needed")
+        self.backbone, self.latent_from = backbone, latent_from
+        inputs = backbone.num_features if latent_from == "pooled" else map_size(backbone, size)
+        self.to_latent = nn.Linear(inputs, bottleneck)
+        self.decoder = Decoder(bottleneck, size, decoder_width)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(latents [N, r], features [N, num_features])."""
+        maps = self.backbone.forward_features(images)
+        features = self.backbone.forward_head(maps)
+        return self.to_latent(features if self.latent_from == "pooled" else maps.flatten(1)), features
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents, features = self.encode(images)
+        return self.decoder(latents), features
+
+
+def compute_loss(
+    model: nn.Module, target: Tensor, corruption: Corruption, drawn: Tensor | None, *, loss_on: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of views [n, 3, s, s] and the logged parts; `drawn`: the random numbers of `corruption` for them."""
+    inputs, mask = corruption(target, drawn)
+    output, features = model(inputs)
+    loss, parts = reconstruction_loss(output, target, mask if loss_on == "masked" else None)
+    return loss, {**parts, "feature_std": feature_std(features.detach())}
 
 
 def main(preset: str, cfg: Config) -> None:
-    # ---- processes -------------------------------------------------------------------------------------------------
-    accelerator = make_accelerator(cfg.precision)
-    device, ranks = accelerator.device, accelerator.num_processes
-    local_batch = per_rank(cfg.batch_size, ranks)
-    part = slice(accelerator.process_index * local_batch, (accelerator.process_index + 1) * local_batch)
-    torch.use_deterministic_algorithms(cfg.deterministic)
     if cfg.loss_on == "masked" and cfg.variant != "masked":
         raise UserError(f"--loss-on masked compares what was removed, and --variant {cfg.variant} removes nothing")
-
-    # ---- data ------------------------------------------------------------------------------------------------------
-    mean, std = mean_std(cfg.normalize)
-    strength = dict(noise=cfg.noise, mask_ratio=cfg.mask_ratio, patch=cfg.mask_patch)
-    corruption = Corruption(cfg.variant, cfg.image_size, **strength, std=std)
-    columns = dict(image_column=cfg.image_column or None, label_column=cfg.label_column or None)
-    source = dict(image_size=cfg.image_size, device=device, workers=cfg.workers, log=accelerator.print, **columns)
-    train = open_data(cfg.data, "train", limit=cfg.limit or None, **source)
-    test = open_data(cfg.data, "test", **source) if cfg.eval or cfg.knn_every else None
-    recipe = one_view(
-        cfg.image_size,
-        crop_scale=cfg.crop_scale,
-        flip=cfg.flip,
-        interpolation=cfg.interpolation,
-        mean=mean,
-        std=std,
-        compile=cfg.compile,
+    corruption = Corruption(
+        cfg.variant, cfg.image_size, noise=cfg.noise, mask_ratio=cfg.mask_ratio, patch=cfg.mask_patch, std=cfg.std
     )
-    place = dict(rank=accelerator.process_index, world_size=ranks, device=device, workers=cfg.workers)
-    loader = ViewLoader(train, recipe, batch_size=cfg.batch_size, seed=cfg.seed, **place)
+    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg))
 
-    # ---- model -----------------------------------------------------------------------------------------------------
-    spec = BackboneSpec(
-        cfg.backbone,
-        stem=cfg.stem,
-        layers=cfg.layers,
-        channels=cfg.channels,
-        stem_width=cfg.stem_width,
-        arguments=vit_arguments(cfg.backbone, sizes=(cfg.image_size,), patch_size=cfg.patch_size),
-        image_size=cfg.image_size,
-        mean=mean,
-        std=std,
+    # ---- network ---------------------------------------------------------------------------------------------------
+    spec = cfg.resnet_spec(arguments=cfg.vit_arguments())
+    model = Autoencoder(
+        create_backbone(spec), cfg.bottleneck, cfg.latent_from, size=cfg.image_size, decoder_width=cfg.decoder_width
     )
-    torch.manual_seed(cfg.seed)
-    sizes = dict(size=cfg.image_size, decoder_width=cfg.decoder_width)
-    model = Autoencoder(create_backbone(spec), cfg.bottleneck, cfg.latent_from, **sizes)
-    model = model.to(memory_format=torch.channels_last)
-    if cfg.sync_bn:
-        model = sync_batchnorm(model, device)
-    if cfg.compile:
-        model.compile()
+    session.init_from(model.backbone)
+    model = session.place(model, sync_bn=cfg.sync_bn)
+    session.speed_up(model, checkpointed=model.backbone if cfg.activation_checkpointing else None)
 
-    # ---- optimiser and schedule ------------------------------------------------------------------------------------
+    # ---- optimizer and schedule ------------------------------------------------------------------------------------
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), lr=0.0)
-    total_steps = cfg.epochs * loader.steps_per_epoch
-    warmup_steps = int(cfg.warmup_epochs * loader.steps_per_epoch)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain = accelerator.unwrap_model(model)
-
-    # ---- run -------------------------------------------------------------------------------------------------------
-    about = dict(method=METHOD, preset=preset, seed=cfg.seed, config=asdict(cfg), accelerator=accelerator)
-    length = dict(total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch, batch_size=cfg.batch_size)
-    run = Run(cfg, **about, **length)
-    run.show_plan(
-        cfg,
-        PRESETS[preset][1],
-        {
-            "training images": f"{len(train)} of {train.name}",
-            "steps": f"{total_steps} = {cfg.epochs} epochs x {loader.steps_per_epoch}; warm-up {warmup_steps}",
-            "batch": f"{cfg.batch_size} = {ranks} processes x {local_batch}",
-            "latent": f"{cfg.bottleneck} of {3 * cfg.image_size**2} input numbers",
-            "views": recipe.describe(),
-            "encoder's input": corruption.describe(),
-        },
-    )
-    run.watch(*health_rules(after=warmup_steps + 2 * loader.steps_per_epoch))
-    run.resume(model=plain, optimizer=optimizer, scaler=accelerator.scaler)
+    model, unwrapped, optimizer = session.prepare(model, optimizer)
+    warmup_steps = int(cfg.warmup_epochs * session.steps_per_epoch)
 
     # ---- training --------------------------------------------------------------------------------------------------
+    session.start(
+        plan={
+            "warm-up": f"{warmup_steps} steps",
+            "latent": f"{cfg.bottleneck} of {3 * cfg.image_size**2} input numbers",
+            "encoder's input": corruption.describe(),
+        },
+        checks=health_checks(after=warmup_steps + 2 * session.steps_per_epoch),
+        model=unwrapped,
+        optimizer=optimizer,
+    )
     model.train()
-    for step in run.steps():
-        lr = warmup_cosine(step, peak=cfg.lr, total=total_steps, warmup=warmup_steps)
+    for step in session.steps():
+        lr = cosine_schedule(step, base=cfg.lr, total=session.total_steps, warmup=warmup_steps)
         set_lr(optimizer, lr)
-        target = loader(step).views[0].contiguous(memory_format=torch.channels_last)  # [n, 3, s, s]
-        drawn = corruption.draw(cfg.batch_size, cfg.seed, step, device)  # of the global batch
-        inputs, mask = corruption(target, None if drawn is None else drawn[part])
+        (target,) = session.views(step)  # [n, 3, s, s]
+        drawn = corruption.draw(cfg.batch_size, cfg.seed, step, session.device)  # of the global batch
+        drawn = None if drawn is None else drawn[session.local_slice]
+
         optimizer.zero_grad(set_to_none=True)
-        output, features = model(inputs)
-        loss, parts = reconstruction_loss(output, target, mask if cfg.loss_on == "masked" else None)
-        accelerator.backward(loss)
+        loss, parts = compute_loss(model, target, corruption, drawn, loss_on=cfg.loss_on)
+        session.backward(loss)
         optimizer.step()
-        run.log(loss=loss, **parts, feature_std=feature_std(features.detach()), lr=lr)
-        if run.epoch_ends(step, cfg.knn_every):
-            with run.untimed():
-                online_knn(run, step, plain.backbone, spec, train, test)
+        session.log(loss=loss, **parts, lr=lr)
+        session.online_knn(step, unwrapped.backbone, spec)
 
-    loader.close()
-
-    # ---- export (of the backbone: the decoder was a means), evaluation, result card, report -------------------------
-    if accelerator.is_main_process:
-        export_backbone(run.directory, plain.backbone, spec)
-        if cfg.eval:
-            told = dict(published=PUBLISHED.get(preset, []), signals=SIGNALS)
-            marks = dict(references={"relative_error": (1.0, "the mean image")})
-            pictures = reconstruction_section(plain, corruption, spec, test, seed=cfg.seed, device=device)
-            finish(run, train=train, test=test, recipe=recipe, **told, **marks, extra_sections=pictures)
-    accelerator.end_training()
+    # ---- evaluation (of the backbone: the decoder was a means) -----------------------------------------------------
+    session.export(unwrapped.backbone, spec)
+    if session.evaluates:
+        session.evaluate(
+            signals=SIGNALS,
+            published=PUBLISHED.get(preset, []),
+            references={"relative_error": (1.0, "the mean image")},
+            extra_sections=reconstruction_section(
+                unwrapped, corruption, spec, session.test, seed=cfg.seed, device=session.device
+            ),
+        )
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(*parse(PRESETS, f"python -m methods.{METHOD}.train")))
+    run_cli(lambda: main(*parse(PRESETS, f"python -m methods.{METHOD}.train")))

@@ -1,44 +1,33 @@
 """The two different views of Barlow Twins (arXiv:2103.03230, section 2.2 and code main.py; the recipe is BYOL's)."""
 
-from common.augment import View, ViewRecipe
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
+
+from .config import Config
 
 
-def two_views(
-    size: int,
-    *,
-    crop_scale: tuple[float, float],
-    jitter: tuple[float, float, float, float],
-    grey: float,
-    blur: tuple[float, float],
-    solarize: tuple[float, float],
-    interpolation: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    compile: bool = False,
-) -> ViewRecipe:
-    """Crop, flip, colour jitter with p = .8, greyscale, blur, solarise; `blur` and `solarize` hold one probability a
-    view. `jitter`: strengths of brightness, contrast, saturation and hue.
-    """
-    brightness, contrast, saturation, hue = jitter
+def two_views(cfg: Config) -> ViewRecipe:
+    """Crop, flip, color jitter with p = .8, grayscale, blur, solarize; `blur`, `solarize`: one probability per view."""
+    brightness, contrast, saturation, hue = cfg.color_jitter
     views = [
         View(
-            size=size,
-            scale=crop_scale,
+            size=cfg.image_size,
+            scale=cfg.crop_scale,
             ratio=(3 / 4, 4 / 3),
-            interpolation=interpolation,
+            interpolation=cfg.interpolation,
             flip=0.5,
-            jitter=0.8,
+            color_jitter_prob=0.8,
             brightness=brightness,
             contrast=contrast,
             saturation=saturation,
             hue=hue,
-            grey=grey,
-            blur=blur[i],
+            grayscale=cfg.grayscale,
+            blur=blur,
             blur_sigma=(0.1, 2.0),
-            solarize=solarize[i],
-            mean=mean,
-            std=std,
+            solarize=solarize,
+            mean=cfg.mean,
+            std=cfg.std,
         )
-        for i in (0, 1)
+        for blur, solarize in zip(cfg.blur, cfg.solarize, strict=True)
     ]
-    return ViewRecipe(views, compile=compile)
+    return ViewRecipe(views, compile=cfg.compile)

@@ -6,38 +6,21 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ResNetConfig, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ResNetConfig, ImageConfig):
+    # ---- data and network: see common/config.py for the other settings
     data: str = "imagenet-1k"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 224
     """Side of a view in pixels. Paper section 2.2."""
     normalize: str = "imagenet-1k"
-    """Mean and std of the inputs: none, or those of shapes, cifar10, imagenet-1k ... Code: ImageNet's."""
-
-    # ---- network
+    """Mean and std of the inputs: none, or those of shapes, cifar10, imagenet-1k ... Code: ImageNet."""
     backbone: str = "resnet50"
     """timm name. Paper section 2.2."""
-    stem: Literal["timm", "cifar"] = "timm"
-    """cifar: 3x3 convolution, stride 1, no max-pool."""
-    layers: tuple[int, ...] = ()
-    """Blocks per stage of a ResNet; default: timm's."""
-    channels: tuple[int, ...] = ()
-    """Width per stage of a ResNet; default: timm's."""
-    stem_width: int = 64
-    """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
     sync_bn: bool = True
-    """BatchNorm over all ranks (code). The batch statistics of the loss are always over all ranks."""
+    """BatchNorm statistics over all processes (code); those of the loss always are."""
     projector: tuple[int, ...] = (8192, 8192, 8192)
     """Widths of the projector's linear layers, none for no projector. Paper section 2.2; 16384 is better (Figure 4)."""
 
@@ -51,25 +34,25 @@ class Config(RunConfig):
     # ---- views
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop. Code: torchvision's default."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Strengths of brightness, contrast, saturation and hue, applied with p = 0.8. Code."""
-    grey: float = 0.2
-    """Probability of greyscale. Code."""
+    grayscale: float = 0.2
+    """Probability of grayscale. Code."""
     blur: tuple[float, float] = (1.0, 0.1)
     """Probability of Gaussian blur in view 1 and in view 2. Code."""
     solarize: tuple[float, float] = (0.0, 0.2)
-    """Probability of solarisation in view 1 and in view 2. Code."""
+    """Probability of solarization in view 1 and in view 2. Code."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling of crops. Code."""
 
-    # ---- optimisation
+    # ---- optimization
     optimizer: Literal["lars", "larc", "sgd"] = "lars"
     """Paper section 2.2 and code: LARS, with the rate outside the momentum buffer. larc: trust 0.02, clipped at the
     rate, as solo-learn has it. sgd: as lightly has it."""
     epochs: int = 1000
     """Paper section 2.2."""
     batch_size: int = 2048
-    """Global batch in images, over all processes. Paper section 2.2."""
+    """Global batch size, over all processes. Paper section 2.2."""
     base_lr: float = 0.2
     """Rate of matrices and kernels, per 256 images. Code. By batch size, 300 epochs (issue 7): 128 .7, 256 .4,
     512 .3, 1024 .25, 2048 .2, 4096 .2."""
@@ -84,25 +67,7 @@ class Config(RunConfig):
     decay_vectors: bool = False
     """Whether biases and norms are decayed too. Code: no. lightly's SGD recipe: yes."""
     momentum: float = 0.9
-    """Of LARS and SGD. Code."""
-
-    # ---- memory, precision, randomness
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: the same gradient in less memory, BatchNorm included."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32."""
-    compile: bool = False
-    """torch.compile for backbone and colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        for name in ("layers", "channels", "projector", "crop_scale", "jitter", "blur", "solarize"):
-            setattr(self, name, tuple(getattr(self, name)))
+    """Optimizer momentum (LARS, SGD). Code."""
 
 
 # 4.2 million multiply-adds a 32-px view: two views of hundreds of images a second train on two cores.
@@ -149,7 +114,7 @@ CIFAR10_R18_B128 = replace(
 SMALL = dict(
     **TINY,
     image_size=32,
-    projector=(64, 128),  # as SimCLR's; behind a wide one the features kept the colours in short trials
+    projector=(64, 128),  # as SimCLR's; behind a wide one the features kept the colors in short trials
     lambd=0.01,  # a narrow projector needs a larger weight: it has fewer pairs for each dimension
     loss_weight=1.0,
     blur=(0.0, 0.0),
@@ -166,13 +131,17 @@ SHAPES = Config(
     data="shapes",
     normalize="shapes",
     crop_scale=(0.3, 1.0),
-    jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes colour would otherwise solve the task
+    color_jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes color would otherwise solve the task
     epochs=40,
     save_every=200,
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, 4 MMAC ResNet: minutes on two cores, to see Barlow Twins learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, 4 MMAC ResNet: minutes on two cores, to see Barlow Twins learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=20),
+    ),
+    "shapes": ("embedded single shapes, 4 MMAC ResNet: a task with easier answers than the shape", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, knn_every=0, log_every=2, save_every=4),
@@ -216,24 +185,20 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "cifar10-r18": [
-        _published(92.1, "linear-augmented", "solo-learn", "1000 epochs, online classifier; 91.56 probed afterwards"),
+        published(92.1, "linear-augmented", "solo-learn", "1000 epochs, online classifier; 91.56 probed afterwards"),
     ],
     "cifar10-r18-b128": [
-        _published(84.2, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 128, 200 epochs, best epoch on test"),
+        published(84.2, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 128, 200 epochs, best epoch on test"),
     ],
-    "imagenette-r18": [_published(85.2, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
+    "imagenette-r18": [published(85.2, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
     "imagenet-r50": [
-        _published(73.2, "linear-augmented", "arXiv:2103.03230v3 Table 1", "1000 epochs"),
-        _published(66.0, "knn-20-0.07", "arXiv:2104.14294 Table 2", "measured by the authors of DINO"),
+        published(73.2, "linear-augmented", "arXiv:2103.03230v3 Table 1", "1000 epochs"),
+        published(66.0, "knn-20-0.07", "arXiv:2104.14294 Table 2", "measured by the authors of DINO"),
     ],
     "imagenet-r50-b256": [
-        _published(70.7, "linear-augmented", "facebookresearch/barlowtwins issue 7", "300 epochs"),
+        published(70.7, "linear-augmented", "facebookresearch/barlowtwins issue 7", "300 epochs"),
     ],
 }

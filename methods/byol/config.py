@@ -7,40 +7,25 @@ as it was when its CIFAR-10 numbers were added (July 2021).
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ResNetConfig, Stem, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ResNetConfig, ImageConfig):
+    # ---- data and network: see common/config.py for the other settings
     data: str = "cifar10"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 32
     """Side of a view in pixels. Paper App. B: 224; solo-learn: 32 for CIFAR-10."""
     normalize: str = "cifar10"
-    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Paper App. B: ImageNet's."""
-
-    # ---- network
+    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Paper App. B: ImageNet."""
     backbone: str = "resnet18"
     """timm name. Paper section 3.2: ResNet-50; solo-learn on CIFAR-10: ResNet-18."""
-    stem: Literal["timm", "cifar"] = "cifar"
-    """cifar: 3x3 convolution, stride 1, no max-pool."""
-    layers: tuple[int, ...] = ()
-    """Blocks per stage of a ResNet; default: timm's."""
-    channels: tuple[int, ...] = ()
-    """Width per stage of a ResNet; default: timm's."""
-    stem_width: int = 64
-    """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
+    stem: Stem = "cifar"
     zero_init_last: bool = False
-    """Start residual blocks as the identity. Paper: no; code README: yes, steadier, and no worse at ResNet-50."""
+    """Start residual blocks as the identity. Paper: no; code README: yes in bottleneck blocks, steadier, and no
+    worse at ResNet-50."""
     sync_bn: bool = True
-    """BatchNorm over all ranks, in online and target network (code: cross-replica over all devices)."""
+    """BatchNorm statistics over all processes, in both networks (code: cross-replica over all devices)."""
     hidden_dim: int = 4096
     """Hidden layer of projector and predictor. Paper section 3.2."""
     projector_dim: int = 256
@@ -61,52 +46,34 @@ class Config(RunConfig):
     # ---- views
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop. Paper App. B."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Brightness, contrast, saturation and hue, applied with probability 0.8. Paper App. B."""
-    grey: float = 0.2
-    """Probability of greyscale. Paper App. B."""
+    grayscale: float = 0.2
+    """Probability of grayscale. Paper App. B."""
     blur: tuple[float, float] = (0.0, 0.0)
     """Probability of Gaussian blur in views 1 and 2. Paper App. B: 1.0 and 0.1; solo-learn on CIFAR-10: none."""
     solarize: tuple[float, float] = (0.0, 0.2)
-    """Probability of solarising views 1 and 2. Paper App. B."""
+    """Probability of solarization in views 1 and 2. Paper App. B."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling of crops. Paper App. B: bicubic."""
 
-    # ---- optimisation
+    # ---- optimization
     optimizer: Literal["lars", "larc", "sgd", "adamw"] = "larc"
     """Paper section 3.3: LARS, the rate outside the momentum. larc: solo-learn's, trust 0.02 with clipping, about SGD.
-    All of them leave biases and norms alone."""
+    None of them decays biases and norms."""
     epochs: int = 1000
     """Paper section 3.3; solo-learn: 1000 too."""
     batch_size: int = 256
-    """Global batch in images, over all processes. Paper section 3.3: 4096; solo-learn: 256."""
+    """Global batch size, over all processes. Paper section 3.3: 4096; solo-learn: 256."""
     base_lr: float = 1.0
     """Learning rate for 256 images, scaled with batch / 256. Paper: 0.2 for 1000 epochs; code: 0.3 for 300, 0.45 for
     100 and 40; solo-learn: 1.0."""
     warmup_epochs: float = 10
     """Linear warm-up from 0. Paper section 3.3."""
     weight_decay: float = 1e-5
-    """Of matrices and kernels. Paper: 1.5e-6 for 1000 epochs; code: 1e-6 for 300 and fewer; solo-learn: 1e-5."""
+    """Matrices and kernels only. Paper: 1.5e-6 for 1000 epochs; code: 1e-6 for 300 and fewer; solo-learn: 1e-5."""
     momentum: float = 0.9
-    """Of LARS, LARC and SGD. Code optimizers.py."""
-
-    # ---- memory, precision, randomness
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: the same gradient in less memory."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32."""
-    compile: bool = False
-    """torch.compile for both backbones and the colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        for name in ("layers", "channels", "crop_scale", "jitter", "blur", "solarize"):
-            setattr(self, name, tuple(getattr(self, name)))
+    """Optimizer momentum (LARS, LARC, SGD). Source: optimizers.py."""
 
 
 # 4.2 million multiply-adds a 32-px view: two views of hundreds of images a second train on two cores.
@@ -123,7 +90,7 @@ SHAPES = Config(
     ema_momentum=0.97,
     loss_weight=1.0,
     crop_scale=(0.3, 1.0),
-    jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes colour would otherwise solve the task
+    color_jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes color would otherwise solve the task
     interpolation="bilinear",
     optimizer="lars",
     epochs=30,
@@ -135,12 +102,13 @@ SHAPES = Config(
     save_every=200,
 )
 
+SHAPES_ADAMW = replace(SHAPES, hidden_dim=128, ema_momentum=0.99, optimizer="adamw", base_lr=4e-3)
+
 IMAGENETTE = Config(
     data="frgfm/imagenette:160px",
     image_size=128,
     normalize="imagenet-1k",
     stem="timm",
-    zero_init_last=True,
     ema_momentum=0.996,
     loss_weight=1.0,
     blur=(1.0, 0.1),
@@ -169,9 +137,10 @@ IMAGENET = Config(
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
-        "embedded shapes, 4 MMAC ResNet: minutes on two cores; does not learn the figures, see README",
-        replace(SHAPES, hidden_dim=128, ema_momentum=0.99, optimizer="adamw", base_lr=4e-3),
+        "embedded pairs of shapes, 4 MMAC ResNet: minutes on two cores, to see BYOL learn",
+        replace(SHAPES_ADAMW, data="pairs", normalize="pairs"),
     ),
+    "shapes": ("embedded single shapes, 4 MMAC ResNet: a task with easier answers than the shape", SHAPES_ADAMW),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, knn_every=0, log_every=2, save_every=4),
@@ -184,7 +153,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             data="cifar10",
             normalize="cifar10",
             crop_scale=(0.2, 1.0),
-            jitter=(0.4, 0.4, 0.2, 0.1),
+            color_jitter=(0.4, 0.4, 0.2, 0.1),
             epochs=5,
             save_every=500,
         ),
@@ -206,24 +175,20 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "cifar10-r18": [
-        _published(92.58, "linear-augmented", "solo-learn CIFAR-10 table", "online linear probe during training"),
-        _published(86.8, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 512, 200 epochs, best epoch on test"),
+        published(92.58, "linear-augmented", "solo-learn CIFAR-10 table", "online linear probe during training"),
+        published(86.8, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 512, 200 epochs, best epoch on test"),
     ],
     "imagenette-r18": [
-        _published(92.3, "linear-augmented", "official README", "online linear probe during training"),
-        _published(88.7, "knn-20-0.07", "lightly Imagenette benchmark", "800 epochs, best epoch on test"),
+        published(92.3, "linear-augmented", "official README", "online linear probe during training"),
+        published(88.7, "knn-20-0.07", "lightly Imagenette benchmark", "800 epochs, best epoch on test"),
     ],
     "imagenet-r50": [
-        _published(74.3, "linear-augmented", "arXiv:2006.07733v3 Table 1"),
-        _published(64.8, "knn-20-0.07", "arXiv:2104.14294 Table 2", "measured by the authors of DINO"),
+        published(74.3, "linear-augmented", "arXiv:2006.07733v3 Table 1"),
+        published(64.8, "knn-20-0.07", "arXiv:2104.14294 Table 2", "measured by the authors of DINO"),
     ],
-    "imagenet-r50-e300": [_published(72.5, "linear-augmented", "arXiv:2006.07733v3 section 5")],
-    "imagenet-r50-b512": [_published(73.7, "linear-augmented", "arXiv:2006.07733v3")],
+    "imagenet-r50-e300": [published(72.5, "linear-augmented", "arXiv:2006.07733v3 section 5")],
+    "imagenet-r50-b512": [published(73.7, "linear-augmented", "arXiv:2006.07733v3")],
 }

@@ -20,7 +20,7 @@ def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, d
     p1, p2, z1, z2: [n, D], row i of each is image i; computed in float32 (float64 stays). Between 0 and 8, about 4 for
     unrelated directions. Returns the loss and its detached parts: `agreement` (mean cosine of prediction and target;
     loss = 4 - 4 agreement), `target_std` and `prediction_std` (1: spread evenly over the sphere, 0: one direction).
-    A mean over own rows: the mean over ranks, and of the gradients, is that of one rank with all rows.
+    A mean over this process's rows: averaged over processes, loss and gradients are those of one process with all rows.
     """
     with torch.autocast(p1.device.type, enabled=False):
         p1, p2, z1, z2 = (x if x.dtype == torch.float64 else x.float() for x in (p1, p2, z1, z2))

@@ -8,34 +8,25 @@ An online network predicts, from one view, what a slowly following copy of itsel
     python -m methods.byol.train                               # all presets; add --plan to any to see before you run
 """
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common.backbones import BackboneSpec, create_backbone, export_backbone
-from common.cli import guarded, parse
-from common.data import ViewLoader, mean_std, open_data
-from common.distributed import per_rank, sync_batchnorm
+from common.backbones import create_backbone
+from common.cli import parse, run_cli
 from common.ema import ema_update, make_teacher
-from common.memory import checkpoint_blocks
-from common.optim import LARC, LARS, decay_groups, set_lr
-from common.run import Run, Watch, make_accelerator
-from common.schedules import scaled_lr, warmup_cosine
-from eval.finish import finish, online_knn
+from common.optim import build_optimizer, decay_groups, set_lr
+from common.schedules import cosine_schedule, scaled_lr
+from eval.session import ImageSession
 
 from .augment import two_views
 from .config import PRESETS, PUBLISHED, Config
+from .health import SIGNALS, health_checks
 from .loss import byol_loss
 
 METHOD = Path(__file__).parent.name
-SIGNALS = {
-    "agreement": "cosine of prediction and target: loss = 4 - 4 agreement; 1 at once means collapse, not success",
-    "target_std": "1 if the target's projections spread evenly over the sphere, 0 if all of them point one way",
-    "prediction_std": "the same of the online network's predictions",
-    "ema_momentum": "how slowly the target follows: from its first value to 1 along a cosine",
-}
 
 
 def mlp(width: int, hidden: int, out: int, layers: int = 2) -> nn.Sequential:
@@ -44,7 +35,8 @@ def mlp(width: int, hidden: int, out: int, layers: int = 2) -> nn.Sequential:
     for _ in range(layers - 1):
         parts += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
         width = hidden
-    parts += [nn.Linear(width, out, bias=False)] * (layers > 0)
+    if layers:
+        parts.append(nn.Linear(width, out, bias=False))
     for layer in (p for p in parts if isinstance(p, nn.Linear)):  # Haiku's: a normal of std 1 / sqrt(fan-in), cut at 2
         std = layer.in_features**-0.5
         nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
@@ -54,7 +46,7 @@ def mlp(width: int, hidden: int, out: int, layers: int = 2) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Backbone and projector, what online and target network have in common: [n, 3, H, W] -> projections [n, D]."""
+    """Backbone and projector, shared by online and target network: [n, 3, H, W] -> projections [n, D]."""
 
     def __init__(self, backbone: nn.Module, hidden_dim: int, projector_dim: int, layers: int = 2):
         super().__init__()
@@ -67,7 +59,7 @@ class Encoder(nn.Module):
 
 
 class Online(nn.Module):
-    """Encoder and predictor: views -> predictions [n, D] of each. One pass a view: BatchNorm never mixes the two."""
+    """Encoder and predictor: views -> predictions [n, D] of each. One pass per view: BatchNorm never mixes the two."""
 
     def __init__(self, encoder: Encoder, hidden_dim: int, predictor: bool = True):
         super().__init__()
@@ -78,171 +70,72 @@ class Online(nn.Module):
         return [self.predictor(self.encoder(view)) for view in views]
 
 
+def compute_loss(online: nn.Module, target: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of this process's images and what is logged of it; views: two [n, 3, S, S]."""
+    with torch.no_grad():
+        z1, z2 = (target(view) for view in views)  # [n, D]
+    p1, p2 = online(*views)  # [n, D]
+    return byol_loss(p1, p2, z1, z2)
+
+
 def main(preset: str, cfg: Config) -> None:
-    # ---- processes -------------------------------------------------------------------------------------------------
-    accelerator = make_accelerator(cfg.precision)
-    device, ranks = accelerator.device, accelerator.num_processes
-    local_batch = per_rank(cfg.batch_size, ranks)
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
 
-    # ---- data ------------------------------------------------------------------------------------------------------
-    columns = dict(image_column=cfg.image_column or None, label_column=cfg.label_column or None)
-    source = dict(image_size=cfg.image_size, device=device, workers=cfg.workers, log=accelerator.print, **columns)
-    train = open_data(cfg.data, "train", limit=cfg.limit or None, **source)
-    test = open_data(cfg.data, "test", **source) if cfg.eval or cfg.knn_every else None
-    mean, std = mean_std(cfg.normalize)
-    recipe = two_views(
-        cfg.image_size,
-        crop_scale=cfg.crop_scale,
-        jitter=cfg.jitter,
-        grey=cfg.grey,
-        blur=cfg.blur,
-        solarize=cfg.solarize,
-        interpolation=cfg.interpolation,
-        mean=mean,
-        std=std,
-        compile=cfg.compile,
-    )
-    loader = ViewLoader(
-        train,
-        recipe,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        rank=accelerator.process_index,
-        world_size=ranks,
-        device=device,
-        workers=cfg.workers,
-    )
-
-    # ---- model -----------------------------------------------------------------------------------------------------
-    spec = BackboneSpec(
-        cfg.backbone,
-        stem=cfg.stem,
-        layers=cfg.layers,
-        channels=cfg.channels,
-        stem_width=cfg.stem_width,
-        zero_init_last=cfg.zero_init_last,
-        image_size=cfg.image_size,
-        mean=mean,
-        std=std,
-    )
-    torch.manual_seed(cfg.seed)
+    # ---- networks --------------------------------------------------------------------------------------------------
+    spec = cfg.resnet_spec(zero_init_last=cfg.zero_init_last)
     encoder = Encoder(create_backbone(spec), cfg.hidden_dim, cfg.projector_dim, cfg.projector_layers)
-    online = Online(encoder, cfg.hidden_dim, cfg.predictor).to(memory_format=torch.channels_last)
-    if cfg.sync_bn:
-        online = sync_batchnorm(online, device)
-    # The target: a copy made after the norms are converted and outside of DDP, which would neither update nor need it.
-    # All ranks start from the same seed and apply the same averages, so their targets agree to the bit. It stays in
-    # train mode (statistics of the batch) with running buffers of its own.
-    target = make_teacher(online.encoder).to(device)
-    if cfg.activation_checkpointing:
-        checkpoint_blocks(online.encoder.backbone)
-    if cfg.compile:
-        online.encoder.backbone.compile()
-        target.backbone.compile()
+    session.init_from(encoder.backbone)
+    online = session.place(Online(encoder, cfg.hidden_dim, cfg.predictor), sync_bn=cfg.sync_bn)
+    # The target is copied after the norms are converted, and stays outside of DistributedDataParallel: all processes
+    # start from one seed and apply the same averages, so their targets agree to the bit. It stays in train mode
+    # (statistics of the batch) with separate running buffers.
+    target = make_teacher(online.encoder).to(session.device)
+    backbone = online.encoder.backbone
+    session.speed_up(backbone, target.backbone, checkpointed=backbone if cfg.activation_checkpointing else None)
 
-    # ---- optimiser and schedule ------------------------------------------------------------------------------------
-    groups = decay_groups(online, cfg.weight_decay)  # biases and norms: no decay, no adaptation
-    match cfg.optimizer:
-        case "lars":
-            optimizer = LARS(groups, lr=0.0, momentum=cfg.momentum, momentum_form="lr-outside")
-        case "larc":
-            optimizer = LARC(groups, lr=0.0, momentum=cfg.momentum, trust=0.02, clip=True)
-        case "sgd":
-            optimizer = torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum)
-        case "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=0.0)
-    total_steps = cfg.epochs * loader.steps_per_epoch
-    warmup_steps = int(cfg.warmup_epochs * len(train) / cfg.batch_size)
+    # ---- optimizer and schedules -----------------------------------------------------------------------------------
+    groups = decay_groups(online, cfg.weight_decay)  # no decay, no adaptation for biases and norms
+    optimizer = build_optimizer(cfg.optimizer, groups, momentum=cfg.momentum, lars_form="lr-outside")
+    online, unwrapped, optimizer = session.prepare(online, optimizer)
+    total_steps = session.total_steps
+    warmup_steps = int(cfg.warmup_epochs * len(session.train) / cfg.batch_size)
     peak_lr = scaled_lr(cfg.base_lr, cfg.batch_size, "linear")
-    online, optimizer = accelerator.prepare(online, optimizer)
-    plain = accelerator.unwrap_model(online)
-
-    # ---- run -------------------------------------------------------------------------------------------------------
-    run = Run(
-        cfg,
-        method=METHOD,
-        preset=preset,
-        seed=cfg.seed,
-        config=asdict(cfg),
-        accelerator=accelerator,
-        total_steps=total_steps,
-        steps_per_epoch=loader.steps_per_epoch,
-        batch_size=cfg.batch_size,
-    )
-    run.show_plan(
-        cfg,
-        PRESETS[preset][1],
-        {
-            "training images": f"{len(train)} of {train.name}",
-            "steps": f"{total_steps} = {cfg.epochs} epochs x {loader.steps_per_epoch}; warm-up {warmup_steps}",
-            "batch": f"{cfg.batch_size} = {ranks} processes x {local_batch}",
-            "peak learning rate": f"{peak_lr:.4g} (linear scaling of {cfg.base_lr:g})",
-            "views": recipe.describe(),
-        },
-    )
-    run.watch(
-        Watch(
-            "target_std",
-            below=0.1,
-            after=warmup_steps,
-            message="The target's projections all point one way (1 would be uniform): collapse, however low the loss. "
-            "Is the predictor there? Lower the learning rate, or raise --ema-momentum: small batches need a slow one.",
-        ),
-        Watch(
-            "prediction_std",
-            below=0.05,
-            after=warmup_steps + loader.steps_per_epoch,
-            message="The predictor gives every image the same answer, the mean of all targets: one view says nothing "
-            "about the other yet. Views that share more, or another learning rate, may get it going.",
-        ),
-        Watch(
-            "agreement",
-            below=0.1,
-            after=warmup_steps + loader.steps_per_epoch,
-            message="Predictions hardly resemble their targets (0 is chance): nothing is learnt. Try another learning "
-            "rate, a longer warm-up, or views that share more (larger crop scale, less colour jitter).",
-        ),
-    )
-    run.resume(model=plain, target=target, optimizer=optimizer, scaler=accelerator.scaler)
 
     # ---- training --------------------------------------------------------------------------------------------------
+    session.start(
+        plan={
+            "peak learning rate": f"{peak_lr:.4g} (linear scaling of {cfg.base_lr:g})",
+            "warm-up": f"{warmup_steps} steps",
+        },
+        checks=health_checks(warmup_steps, session.steps_per_epoch),
+        model=unwrapped,
+        target=target,
+        optimizer=optimizer,
+    )
     online.train()
-    for step in run.steps():
-        lr = warmup_cosine(step, peak=peak_lr, total=total_steps, warmup=warmup_steps)
-        ema_momentum = warmup_cosine(step, peak=cfg.ema_momentum, end=1.0, total=total_steps)  # no warm-up
+    for step in session.steps():
+        lr = cosine_schedule(step, base=peak_lr, total=total_steps, warmup=warmup_steps)
         set_lr(optimizer, lr)
-        view1, view2 = (v.contiguous(memory_format=torch.channels_last) for v in loader(step).views)  # [n, 3, H, W]
-        with torch.no_grad(), accelerator.autocast():
-            z1, z2 = target(view1), target(view2)  # [n, D]
-        p1, p2 = online(view1, view2)  # [n, D]
-        loss, parts = byol_loss(p1, p2, z1, z2)
+        ema_momentum = cosine_schedule(step, base=cfg.ema_momentum, final=1.0, total=total_steps)  # no warm-up
+
+        views = session.views(step)  # two [n, 3, S, S]
+        with session.autocast():
+            loss, parts = compute_loss(online, target, views)
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(cfg.loss_weight * loss)
+        session.backward(cfg.loss_weight * loss)
         optimizer.step()
-        ema_update(target, plain.encoder, ema_momentum)  # after the step, from the new weights; parameters only
-        run.log(loss=loss.detach(), **parts, lr=lr, ema_momentum=ema_momentum)
-        if run.epoch_ends(step, cfg.knn_every):
-            with run.untimed():
-                online_knn(run, step, plain.encoder.backbone, spec, train, test)
+        ema_update(target, unwrapped.encoder, ema_momentum)  # after the step, from the new weights; parameters only
+        session.log(loss=loss.detach(), **parts, lr=lr, ema_momentum=ema_momentum)
+        session.online_knn(step, unwrapped.encoder.backbone, spec)
 
-    loader.close()
-
-    # ---- export, evaluation, result card, report -------------------------------------------------------------------
-    if accelerator.is_main_process:
-        export_backbone(run.directory, plain.encoder.backbone, spec)  # the online network is the paper's result
-        if cfg.eval:
-            finish(
-                run,
-                train=train,
-                test=test,
-                recipe=recipe,
-                published=PUBLISHED.get(preset, []),
-                signals=SIGNALS,
-                references={"loss": (4.0, "unrelated directions")},
-            )
-    accelerator.end_training()
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+    session.export(unwrapped.encoder.backbone, spec)  # the online network is the paper's result
+    session.evaluate(
+        signals=SIGNALS,
+        published=PUBLISHED.get(preset, []),
+        references={"loss": (4.0, "unrelated directions")},
+    )
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(*parse(PRESETS, f"python -m methods.{METHOD}.train")))
+    run_cli(lambda: main(*parse(PRESETS, f"python -m methods.{METHOD}.train")))

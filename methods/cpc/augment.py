@@ -1,5 +1,5 @@
-"""CPC's views and patches (arXiv:1807.03748, section 3.2): crop, flip, greyscale, overlapping patches, and then changes
-that every patch gets for itself: a sub-crop padded back; from CPC v2 (arXiv:1905.09272) light and dropped colours.
+"""CPC's views and patches (arXiv:1807.03748, section 3.2): crop, flip, grayscale, overlapping patches, and then
+augmentations per patch: a sub-crop padded back; from CPC v2 (arXiv:1905.09272) brightness, contrast, dropped channels.
 """
 
 from dataclasses import dataclass
@@ -9,45 +9,41 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.augment import GREY, View, ViewRecipe
 from common.data import mean_std
+from common.views.color import GRAY_WEIGHTS as GRAY
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
 
-GREY_STATS = {"stl10": (0.4120, 0.2570)}  # of the grey images, GIM's code; of others, by the channels' weights
-DRAWS = 6  # random numbers of a patch
+from .config import Config
+
+GRAY_STATS = {"stl10": (0.4120, 0.2570)}  # of the gray images, GIM's code; of others, by the channels' weights
+DRAWS = 6  # random numbers per patch
 
 
-def statistics(normalize: str, grey: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of `--normalize`; for grey images the same number for the three channels."""
+def statistics(normalize: str, grayscale: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of `--normalize`; for gray images the same number for the three channels."""
     mean, std = mean_std(normalize)
-    if not grey:
+    if not grayscale:
         return mean, std
-    pair = GREY_STATS.get(
-        normalize, [sum(w * x for w, x in zip(GREY, v, strict=True)) / sum(GREY) for v in (mean, std)]
+    pair = GRAY_STATS.get(
+        normalize, [sum(w * x for w, x in zip(GRAY, v, strict=True)) / sum(GRAY) for v in (mean, std)]
     )
     return (pair[0],) * 3, (pair[1],) * 3
 
 
-def one_view(
-    size: int,
-    *,
-    crop_scale: tuple[float, float],
-    flip: float,
-    grey: bool,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    compile: bool = False,
-) -> ViewRecipe:
-    """A square crop of a share of the area, left-right flip, greyscale: the paper's order up to the patches."""
+def one_view(cfg: Config) -> ViewRecipe:
+    """A square crop of a share of the area, left-right flip, grayscale: the paper's order up to the patches."""
+    mean, std = statistics(cfg.normalize, cfg.grayscale)
     view = View(
-        size=size,
-        scale=crop_scale,
+        size=cfg.crop_size,
+        scale=cfg.crop_scale,
         ratio=(1.0, 1.0),
-        flip=flip,
-        grey=float(grey),
+        flip=cfg.flip,
+        grayscale=float(cfg.grayscale),
         mean=mean,
         std=std,
     )
-    return ViewRecipe([view], compile=compile)
+    return ViewRecipe([view], compile=cfg.compile)
 
 
 def grid_side(side: int, patch: int, stride: int) -> int:
@@ -57,9 +53,9 @@ def grid_side(side: int, patch: int, stride: int) -> int:
 
 @dataclass(frozen=True)
 class PatchJitter:
-    """What every patch of every image gets for itself, from its own random numbers.
+    """Augmentations of every patch of every image, from random numbers per patch.
 
-    crop        side in pixels of a random sub-crop, padded back to the patch with zeros (the mean of normalised
+    crop        side in pixels of a random sub-crop, padded back to the patch with zeros (the mean of normalized
                 images), never resized (v1: 60 of 64); 0: none
     brightness  shift by U(-b, b) standard deviations; contrast: factor U(1 - c, 1 + c) about the patch's mean (v2 has
                 both among its patch operations; its ranges are not known here)
@@ -74,7 +70,7 @@ class PatchJitter:
     color_drop: float = 0.0
 
     def sample(self, images: int, patches: int, generator: torch.Generator) -> Tensor:
-        """Random numbers [images, patches, 6] in [0, 1) for the global batch; a rank uses its slice."""
+        """Random numbers [images, patches, 6] in [0, 1) for the global batch; a process uses its slice."""
         return torch.rand(images, patches, DRAWS, generator=generator)
 
     def __call__(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
@@ -93,7 +89,7 @@ class PatchJitter:
         if not spare:
             tiles = images.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)
             return rearrange(tiles, "b c rows columns p q -> (b rows columns) c p q")
-        # One gather of the pixels that are wanted: sub-crops start at places of their own.
+        # One gather of the needed pixels: sub-crops start at different positions.
         b, _, height, width = images.shape
         down, across = (torch.arange(n - self.patch + 1, device=images.device)[:: self.stride] for n in (height, width))
         corners = torch.stack(torch.meshgrid(down, across, indexing="ij"), -1).flatten(0, 1)  # [L, 2]

@@ -7,26 +7,19 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ImageConfig):
+    # ---- data: see common/config.py for the other settings
     data: str = "stl10"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
     split: str = "unlabeled"
-    """Split that is trained on; evaluation always uses train and test. GIM: STL-10's 100,000 unlabelled images."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
+    """Split that is trained on; evaluation always uses train and test. GIM: STL-10's 100,000 unlabeled images."""
     image_size: int = 96
     """Side of an image in evaluation, whose grid has as many patches as fit."""
     normalize: str = "stl10"
-    """Mean and std of the inputs: none or those of shapes, cifar10, stl10 ... GIM: STL-10's, of grey images."""
+    """Mean and std of the inputs: none or those of shapes, cifar10, stl10 ... GIM: STL-10, of gray images."""
 
     # ---- view
     crop_size: int = 64
@@ -35,8 +28,8 @@ class Config(RunConfig):
     """Share of the area of the square random crop; 64 of 96 pixels are 4/9, which then keeps its resolution."""
     flip: float = 0.5
     """Probability of a left-right flip. Paper section 3.2, GIM."""
-    grey: bool = True
-    """Greyscale, in training and evaluation. Paper section 3.2; on in GIM's published script."""
+    grayscale: bool = True
+    """Grayscale, in training and evaluation. Paper section 3.2; on in GIM's published script."""
 
     # ---- patches
     patch: int = 16
@@ -44,23 +37,23 @@ class Config(RunConfig):
     stride: int = 8
     """Pixels from patch to patch. Half a patch in paper, GIM and bolts: a 7 x 7 grid."""
     patch_crop: int = 0
-    """Side of each patch's own random sub-crop, padded back with zeros (0: none). Paper: 60 of 64; GIM: none."""
+    """Side of a random sub-crop of each patch, padded back with zeros (0: none). Paper: 60 of 64; GIM: none."""
     patch_brightness: float = 0.0
-    """Each patch's own shift of brightness, U(-b, b) standard deviations. v2 has one, its range is not known here."""
+    """Brightness shift per patch, U(-b, b) standard deviations. v2 has one; its range is unknown to us."""
     patch_contrast: float = 0.0
-    """Each patch's own factor of contrast, U(1 - c, 1 + c). v2 has one, its range is not known here."""
+    """Contrast factor per patch, U(1 - c, 1 + c). v2 has one; its range is unknown to us."""
     color_drop: float = 0.0
-    """Probability that a patch keeps one of its three channels only; needs --no-grey. v2."""
+    """Probability that a patch keeps only one of its three channels; needs --no-grayscale. v2."""
 
     # ---- patch encoder: a pre-activation ResNet
     stem_width: int = 64
-    """Channels of the first convolution. GIM."""
+    """Channels of the first convolution. GIM: this value."""
     stem_kernel: int = 5
     """Kernel of the first convolution. GIM: 5; ResNet-101 of the paper: 7."""
     stem_stride: int = 1
-    """Its stride. GIM: 1; ResNet-101: 2."""
+    """Stride of the first convolution. GIM: 1; ResNet-101: 2."""
     stem_pool: bool = False
-    """Max-pool (3, stride 2) behind it, as ResNet-101."""
+    """Max-pool (3, stride 2) after the first convolution, as in ResNet-101."""
     layers: tuple[int, ...] = (3, 4, 6)
     """Blocks per stage. GIM: ResNet-50's first three stages; paper: ResNet-101's, 3 4 23; v2: 3 4 46."""
     channels: tuple[int, ...] = (256, 512, 1024)
@@ -74,65 +67,59 @@ class Config(RunConfig):
     context: Literal["pixelcnn", "gru", "residual"] = "pixelcnn"
     """pixelcnn: gated, vertical mask (paper, GIM); gru: from row to row (paper: similar); residual: v2's."""
     context_width: int = 1024
-    """Channels of the context (of residual: inner ones; it is as wide as z). GIM: 1024; v2: 256."""
+    """Channels of the context (residual: inner ones; its output is as wide as z). GIM: 1024; v2: 256."""
     context_depth: int = 4
-    """Its layers. GIM: 4; v2: 5; a gru has 1."""
+    """Layers of the context. GIM: 4; v2: 5; a gru has 1."""
     directions: Literal[1, 4] = 1
-    """1: downwards (paper); 4: down, up, right and left, each with a context of its own (v2)."""
+    """Directions of prediction. 1: down (paper); 4: down, up, right and left, each with a separate context (v2)."""
     skip_step: int = 1
-    """Rows left out below the anchor. GIM: 1, for row i + 1 shares half of its pixels with row i."""
+    """Rows skipped below the anchor. GIM: 1, because row i + 1 shares half of its pixels with row i."""
     prediction_steps: int = 5
-    """Rows predicted, from skip_step + 1 on. Paper: up to five; v2: the third row alone (skip_step 2, one step)."""
+    """Rows predicted, from skip_step + 1 on. Paper: up to five; v2: only the third row (skip_step 2, one step)."""
     embedding: int = 0
     """Width of a linear projection of z that is predicted and compared; 0: z itself (paper, GIM); v2: 64."""
     embedding_scale: float = 1.0
     """Factor on the predictions. v2: 0.1."""
     negatives: Literal["sampled", "all"] = "sampled"
-    """sampled: drawn for each anchor (GIM); all: every other patch of the pool (v2, bolts)."""
+    """sampled: random patches per anchor (GIM); all: every other patch of the pool (v2, bolts)."""
     num_negatives: int = 16
-    """Draws an anchor. GIM: 16."""
+    """Negatives per anchor. GIM: 16."""
     pool: Literal["global", "local"] = "global"
-    """Images whose patches can be negatives: of all processes, or of the own one (paper and GIM: a GPU's)."""
+    """Images whose patches can be negatives: those of all processes, or of this one (paper and GIM: one GPU)."""
 
-    # ---- optimisation
+    # ---- optimization
     epochs: int = 300
-    """GIM."""
+    """Passes over the training images. GIM."""
     batch_size: int = 32
-    """Global batch in images, over all processes. GIM: 32; paper: 32 GPUs x 16."""
+    """Global batch size, over all processes. GIM: 32; paper: 32 GPUs x 16."""
     lr: float = 2e-4
-    """Of Adam. Paper section 3.2, GIM. Not scaled with the batch."""
+    """Learning rate of Adam, not scaled with the batch. Paper section 3.2, GIM."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """GIM: constant; the paper states none."""
+    """Learning-rate schedule. GIM: constant; the paper states none."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0. GIM: none."""
     weight_decay: float = 0.0
-    """L2, as Adam has it. GIM: none."""
-
-    # ---- precision, randomness
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32."""
-    compile: bool = False
-    """torch.compile for the patch encoder."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, patches, negatives and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        for name in ("crop_scale", "layers", "channels", "hidden"):
-            setattr(self, name, tuple(getattr(self, name)))
+    """Weight decay, Adam's L2. GIM: none."""
 
 
 STL10 = Config()
 
 CIFAR10 = replace(
-    STL10, data="cifar10", split="train", image_size=32, normalize="cifar10", crop_size=32, crop_scale=(1.0, 1.0),
-    patch=8, stride=4, epochs=1000, batch_size=64, lr=4e-5,
-)  # fmt: skip
+    STL10,
+    data="cifar10",
+    split="train",
+    image_size=32,
+    normalize="cifar10",
+    crop_size=32,
+    crop_scale=(1.0, 1.0),
+    patch=8,
+    stride=4,
+    epochs=1000,
+    batch_size=64,
+    lr=4e-5,
+)
 
-# Patches of 12 px: one of 8 px sees a mere edge of a figure of 20. 6 x 6 of them are five times the image's pixels, so
+# Patches of 12 px: one of 8 px sees only an edge of a shape of 20. 6 x 6 of them are five times the image's pixels, so
 # the first convolution has stride 3. Rows 3 to 5 below share no pixel with their anchor.
 TINY = dict(
     split="train",
@@ -162,7 +149,7 @@ SHAPES = Config(
     **TINY,
     data="shapes",
     normalize="shapes",
-    patch_brightness=1.0,  # the grey level of the background would otherwise name the image
+    patch_brightness=1.0,  # the gray level of the background would otherwise identify the image
     patch_contrast=0.5,
     epochs=30,
     knn_every=5,
@@ -170,7 +157,11 @@ SHAPES = Config(
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, a small patch encoder: minutes on two cores, to see CPC learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, a small patch encoder: minutes on two cores, to see CPC learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=8),
+    ),
+    "shapes": ("embedded single shapes, a small patch encoder: a task with easier answers than the shape", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(
@@ -231,16 +222,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
-    "cifar10": [_published(84.52, "linear", "bolts' CPC v2, by arXiv:2009.00104", "another encoder, and v2's loss")],
+    "cifar10": [published(84.52, "linear", "bolts' CPC v2, by arXiv:2009.00104", "another encoder, and v2's loss")],
     "stl10": [
-        _published(80.5, "linear", "arXiv:1905.11786 (unverified)", "CPC; supervised 71.4, random weights 27.0"),
-        _published(78.36, "linear", "bolts' CPC v2, by arXiv:2009.00104", "another encoder, and v2's loss"),
+        published(80.5, "linear", "arXiv:1905.11786 (unverified)", "CPC; supervised 71.4, random weights 27.0"),
+        published(78.36, "linear", "bolts' CPC v2, by arXiv:2009.00104", "another encoder, and v2's loss"),
     ],
-    "imagenet": [_published(48.7, "linear", "arXiv:1807.03748 Table 3", "ResNet-v2-101; top-5 73.6")],
+    "imagenet": [published(48.7, "linear", "arXiv:1807.03748 Table 3", "ResNet-v2-101; top-5 73.6")],
 }

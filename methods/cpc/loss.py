@@ -1,7 +1,7 @@
-"""InfoNCE with log-bilinear scores (CPC, arXiv:1807.03748, eq. 3 and 4) against drawn or against all candidates.
+"""InfoNCE with log-bilinear scores (CPC, arXiv:1807.03748, eq. 3 and 4) against sampled or all candidates.
 
-An anchor is one context vector and one thing to predict; its prediction W c is made by the model, one bias-free W for
-each offset. The score of a candidate z is the plain dot product z . W c: no normalisation and no temperature.
+An anchor is one context vector and one target; its prediction W c is made by the model, with one bias-free W for
+each offset. The score of a candidate z is the plain dot product z . W c: no normalization and no temperature.
 
 A: anchors; N: candidates in the pool; M: negatives an anchor; E: width of predictions and candidates.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.distributed import all_gather, rank
 
-CHUNK_BYTES = 1 << 21  # of temporaries on a CPU: what stays in its cache
+CHUNK_BYTES = 1 << 21  # temporaries on a CPU that stay in its cache
 DEVICE_CHUNK_BYTES = 1 << 28
 
 
@@ -29,7 +29,7 @@ def info_nce_sampled(
     1 / A each for a plain mean. Computed in float32 (float64 stays).
     Returns the loss and its detached parts: `retrieval` (weighted share of anchors whose positive beats all negatives;
     a tie is a miss, so that a collapsed network has 0) and `positive_score` (weighted mean of the positives' scores).
-    Chance level: ln(1 + M). A drawn negative may be the positive itself, or of the same image, as in the paper.
+    Chance level: ln(1 + M). A sampled negative may be the positive itself, or of the same image, as in the paper.
     """
     predictions, pool, weight = _floats(predictions, pool, weight)
     with torch.autocast(predictions.device.type, enabled=False):
@@ -140,13 +140,13 @@ def cpc_loss(
     *,
     everywhere: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """InfoNCE of this rank's anchors, averaged over directions, over offsets and over the anchors of an offset.
+    """InfoNCE of this process's anchors, averaged over directions, over offsets and over the anchors of an offset.
 
-    compared: [n, R, Q, E], this rank's patches; predictions: for each direction [A, E], in the order of `positives` on
-    the grid `turned` for it. negatives: for each direction what `draw_negatives` drew, long [A, M]; None: all patches
-    of the pool compete. everywhere: the pool is the patches of all ranks (gathered with gradients) or this rank's own.
-    Returns loss and parts as `info_nce_sampled`. With `everywhere` the mean over ranks, and of the gradients, is that
-    of one rank with all images.
+    compared: [n, R, Q, E], this process's patches; predictions: for each direction [A, E], in the order of `positives`
+    on the grid `turned` for it. negatives: for each direction the result of `draw_negatives`, long [A, M]; None: all
+    patches of the pool. everywhere: the pool is the patches of all processes (gathered with gradients), otherwise those
+    of this process. Returns loss and parts as `info_nce_sampled`. With `everywhere` the mean over processes, and of the
+    gradients, equals that of one process with all images.
     """
     n = len(compared)
     first = rank() * n if everywhere else 0
@@ -169,8 +169,8 @@ def cpc_loss(
 
 
 def turned(grid: Tensor, direction: int) -> Tensor:
-    """[n, R, Q, D] laid so that what is predicted lies below: direction 0 as it is (down), 1 upside down (up), 2 on its
-    side (right), 3 both (left)."""
+    """[n, R, Q, D] oriented so that the targets lie below: direction 0 unchanged (down), 1 flipped (up), 2 transposed
+    (right), 3 both (left)."""
     grid = grid.transpose(1, 2) if direction >= 2 else grid
     return grid.flip(1) if direction % 2 else grid
 
@@ -178,9 +178,9 @@ def turned(grid: Tensor, direction: int) -> Tensor:
 def positives(images: int, rows: int, columns: int, offsets: tuple[int, ...], first: int = 0) -> tuple[Tensor, Tensor]:
     """(positive, weight), each [A]: for every offset o, image, row i < rows - o and column j, in this order.
 
-    positive: the place of the patch (i + o, j) of the same image among patches flattened as (image, row, column), the
-    first image being number `first`. Weights sum to 1 over this rank's anchors, each offset having the same share: the
-    mean over offsets of each one's mean (GIM), whatever the number of its anchors.
+    positive: the index of the patch (i + o, j) of the same image among patches flattened as (image, row, column), the
+    first image being number `first`. Weights sum to 1 over this process's anchors, with an equal share for each offset:
+    the mean over offsets of each offset's mean (GIM), regardless of its number of anchors.
     """
     place = torch.arange(images * rows * columns).view(images, rows, columns) + first * rows * columns
     targets = [place[:, o:].flatten() for o in offsets]
@@ -206,8 +206,8 @@ def draw_negatives(
     """`count` negatives for each anchor of the images `part` of a batch, long [A, count], in the order of `positives`.
 
     Uniform with replacement over all patches of `pool` images that the offset can have as targets (rows o and below),
-    so a draw may be of the own image, or the positive itself (GIM's code). Drawn for all `images` of the global batch,
-    so that a rank's slice is what one rank would have drawn.
+    so a negative may be of the same image, or the positive itself (GIM's code). Sampled for all `images` of the global
+    batch, so that a process's slice is what a single process would have sampled.
     """
     drawn = []
     for o in offsets:

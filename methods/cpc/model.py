@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.augment import GREY
 from common.errors import UserError
+from common.views.color import GRAY_WEIGHTS as GRAY
 
 from .augment import PatchJitter, grid_side
 from .loss import turned
@@ -54,9 +54,9 @@ class Encoder(nn.Module):
     """Every patch of the grid alone through a pre-activation ResNet and a spatial mean: [B, 3, H, W] -> [B, D].
 
     `forward`, for evaluation: the mean of z over the grid (paper: 7 x 7 x 1024 -> 1024). `grid`: z, [B, R, Q, D].
-    Images of any size that holds a patch; grey=True reads their grey level (of grey images the one they have), so a
-    network trained on grey views sees the same at evaluation. layers, channels and hidden: blocks, width and, for
-    bottlenecks, inner width (or nothing) of each stage; every stage but the first halves the resolution.
+    Images of any size that holds a patch; grayscale=True reads their gray level (of gray images the one they
+    have), so a network trained on gray views sees the same at evaluation. layers, channels and hidden: blocks, width
+    and, for bottlenecks, inner width (or nothing) of each stage; every stage but the first halves the resolution.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
         patch: int,
         stride: int,
         patch_crop: int = 0,
-        grey: bool = True,
+        grayscale: bool = True,
         stem_width: int = 64,
         stem_kernel: int = 5,
         stem_stride: int = 1,
@@ -87,8 +87,8 @@ class Encoder(nn.Module):
             raise UserError(
                 f"--patch-crop {patch_crop} does not fit into --patch {patch}: use 1 to {patch}, or 0 for none"
             )
-        self.num_features, self.cut, self.grey = channels[-1], PatchJitter(patch, stride, patch_crop), grey
-        self.stem = nn.Conv2d(1 if grey else 3, stem_width, stem_kernel, stem_stride, stem_kernel // 2)
+        self.num_features, self.cut, self.grayscale = channels[-1], PatchJitter(patch, stride, patch_crop), grayscale
+        self.stem = nn.Conv2d(1 if grayscale else 3, stem_width, stem_kernel, stem_stride, stem_kernel // 2)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem_pool else nn.Identity()
         blocks, width = [], stem_width
         for stage, (count, wide) in enumerate(zip(layers, channels, strict=True)):
@@ -97,11 +97,11 @@ class Encoder(nn.Module):
                 blocks.append(Block(width, wide, hidden[stage] if hidden else 0, step, norm))
                 width = wide
         self.blocks = nn.Sequential(*blocks)
-        weights = torch.tensor(GREY).view(1, 3, 1, 1) / sum(GREY)
-        self.register_buffer("grey_weights", weights, persistent=False)
-        self._initialise()
+        weights = torch.tensor(GRAY).view(1, 3, 1, 1) / sum(GRAY)
+        self.register_buffer("luma_weights", weights, persistent=False)
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Without norms nothing else holds the scale: He for every convolution, and each block's last one divided by
         the square root of their number, so that the sum over blocks has the scale of one."""
         for module in self.modules():
@@ -122,8 +122,8 @@ class Encoder(nn.Module):
         rows, columns = (grid_side(n, cut.patch, cut.stride) for n in images.shape[-2:])
         if rows < 1 or columns < 1:
             raise UserError(f"an image of {tuple(images.shape[-2:])} pixels is smaller than a patch of {cut.patch}")
-        if self.grey:
-            images = (images * self.grey_weights).sum(1, keepdim=True)
+        if self.grayscale:
+            images = (images * self.luma_weights).sum(1, keepdim=True)
         x = cut(images, numbers).contiguous(memory_format=torch.channels_last)
         x = self.blocks(self.pool(self.stem(x))).mean((2, 3))  # [B * R * Q, D]
         return x.view(len(images), rows, columns, -1)

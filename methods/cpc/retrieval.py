@@ -3,29 +3,30 @@
 from torch import Tensor
 
 from common.backbones import BackboneSpec
+from common.html import table
 from common.rng import generator
-from eval.features import frozen, normaliser
-from eval.report import table
+from eval.features import frozen, normalizer
 
 from .loss import draw_negatives, info_nce_all, info_nce_sampled, positives, turned
 from .model import CPC
 
 
-def held_out(model: CPC, store, spec: BackboneSpec, *, crop: int, batch: int, count: int, seed: int,
-             limit: int = 1000) -> dict[int, dict[str, float]]:  # fmt: skip
+def held_out(
+    model: CPC, store, spec: BackboneSpec, *, crop: int, batch: int, count: int, seed: int, limit: int = 1000
+) -> dict[int, dict[str, float]]:
     """offset -> {"sampled", "all"}, the retrieval on the middle crops of test images without jitter, and their chance
     levels {"sampled chance", "all chance"}; negatives: drawn from, or all of, the patches of `batch` images at a time.
     """
     batch = min(batch, len(store))
     device = next(model.parameters()).device
-    normalise = normaliser(spec.mean, spec.std, device)
+    normalize = normalizer(spec.mean, spec.std, device)
     found = {o: dict.fromkeys(("sampled", "all", "all chance"), 0.0) for o in model.offsets}
     batches = max(1, min(limit, len(store)) // batch)
     directions = len(model.contexts)
     with frozen(model):
         for i in range(batches):
             images = store.eval_images(i * batch, (i + 1) * batch, spec.image_size)
-            compared, predictions, _ = model(normalise(_middle(images, crop)))
+            compared, predictions, _ = model(normalize(_middle(images, crop)))
             compared, stream = compared.float(), generator(seed, "held out", i)
             for direction, prediction in enumerate(predictions):
                 candidates = turned(compared, direction)
@@ -59,7 +60,7 @@ def sentence(found: dict[int, dict[str, float]]) -> str:
 
 
 def rows_of(found: dict[int, dict[str, float]]) -> list[dict]:
-    """Rows of the result card: the mean over offsets, against drawn negatives and against all patches."""
+    """Rows of the result card: the mean over offsets, against sampled negatives and against all patches."""
     rows = []
     for kind, against in (("sampled", "drawn negatives"), ("all", "all patches")):
         value, chance = (100 * sum(v[name] for v in found.values()) / len(found) for name in (kind, f"{kind} chance"))

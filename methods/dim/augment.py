@@ -1,20 +1,16 @@
 """DIM's input: the image itself (CIFAR) or a random crop at full resolution with a flip (STL-10), paper section 4."""
 
-from common.augment import View, ViewRecipe
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
+
+from .config import Config
 
 
-def one_view(
-    size: int,
-    *,
-    crop_area: float,
-    flip: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    compile: bool = False,
-) -> ViewRecipe:
+def one_view(cfg: Config) -> ViewRecipe:
     """A random square of `crop_area` of the image (1: all of it), flipped with probability `flip`.
 
     Area (64 / 96)^2 of a 96-px image is a crop of 64 px that needs no resizing.
     """
-    view = View(size=size, scale=(crop_area, crop_area), ratio=(1.0, 1.0), flip=flip, mean=mean, std=std)
-    return ViewRecipe([view], compile=compile)
+    area = (cfg.crop_area, cfg.crop_area)
+    view = View(size=cfg.image_size, scale=area, ratio=(1.0, 1.0), flip=cfg.flip, mean=cfg.mean, std=cfg.std)
+    return ViewRecipe([view], compile=cfg.compile)

@@ -6,22 +6,15 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ImageConfig):
+    # ---- data: see common/config.py for the other settings
     data: str = "cifar10"
-    """shapes, a hub name (cifar10, stl10, org/name ...), an image folder or a folder of parquet files."""
     split: str = "train"
-    """Images to train on; probes are always trained on "train". Paper section 4: STL-10's "unlabeled"."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
+    """Split to train on; probes are always trained on "train". Paper section 4: STL-10's "unlabeled"."""
     image_size: int = 32
     """Side of the input in pixels. Paper section 4: 32 for CIFAR, 64 for STL-10."""
     normalize: str = "cifar10"
@@ -34,21 +27,21 @@ class Config(RunConfig):
     """Factor on the encoder's hidden widths. 1: the paper's (basic32: 64-128-256 channels, 1024)."""
     y_dim: int = 64
     """Numbers in the summary y. Paper section 4."""
-    grey: bool = False
-    """The encoder sees luminance alone. Not in the paper."""
+    grayscale: bool = False
+    """Restrict the encoder's input to luminance. Not in the paper."""
     contrast: bool = False
-    """Each image is standardised by its own mean and deviation before the first layer. Not in the paper."""
+    """Standardize each image by its mean and standard deviation before the first layer. Not in the paper."""
     output: Literal["conv", "fc", "y"] = "conv"
-    """Layer that is exported and evaluated; the report has all three. Paper Tables 1 and 2 give all three: conv is the
-    best under a linear SVM."""
+    """Layer to export and evaluate; the report has all three. Paper Tables 1 and 2 give all three: conv is the best
+    under a linear SVM."""
     mi_units: int = 2048
     """Width of the score space. Code models/dim.py."""
     sync_bn: bool = True
-    """BatchNorm over all ranks. Code: one process with DataParallel, BatchNorm per GPU."""
+    """BatchNorm statistics over all processes. Code: one process with DataParallel, BatchNorm per GPU."""
 
     # ---- objective
     estimator: Literal["jsd", "dv", "infonce"] = "jsd"
-    """Bound of the information: Jensen-Shannon (code's default), Donsker-Varadhan, infoNCE (paper eq. 4 to 6)."""
+    """Estimator of the information: Jensen-Shannon (code's default), Donsker-Varadhan, infoNCE (paper eq. 4 to 6)."""
     alpha: float = 0.0
     """Weight of the global term. Paper section 4: DIM(G) 1, DIM(L) 0, DIM(L+G) 0.5."""
     beta: float = 1.0
@@ -60,33 +53,23 @@ class Config(RunConfig):
 
     # ---- input
     crop_area: float = 1.0
-    """Area of a random square crop, without resizing where it fits. Paper section 4: CIFAR none, STL-10 64 of 96 px."""
+    """Area of a random square crop, not resized if it fits. Paper section 4: CIFAR none, STL-10 64 of 96 px."""
     flip: float = 0.0
     """Probability of a left-right flip. Paper section 4: CIFAR none, STL-10 one half."""
 
-    # ---- optimisation
+    # ---- optimization
     epochs: int = 1000
-    """Code models/dim.py."""
+    """Passes over the training images. Code models/dim.py."""
     batch_size: int = 64
-    """Global batch in images, over all processes. Code models/dim.py."""
+    """Global batch size, over all processes. Code models/dim.py."""
     lr: float = 1e-4
-    """Of Adam, for encoder and scorers. Code models/dim.py."""
+    """Learning rate of Adam for encoder and scorers. Code models/dim.py."""
     discriminator_lr: float = 1e-4
-    """Of Adam, for the discriminator. Code models/prior_matching.py."""
+    """Learning rate of Adam for the discriminator. Code models/prior_matching.py."""
     decay: Literal["none", "cosine"] = "none"
-    """Schedule of both rates. Code: none."""
+    """Schedule of both learning rates. Code: none."""
 
-    # ---- precision, randomness, evaluation
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. Scores, losses and the discriminator are always float32."""
-    compile: bool = False
-    """torch.compile for the encoder and colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, prior samples and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
+    # ---- evaluation
     mlp_epochs: int = 0
     """Epochs of the paper's 200-unit classifier on each layer, at the end (0: none; code: rates fall at 50 and 100)."""
 
@@ -100,7 +83,7 @@ SHAPES = Config(
     data="shapes",
     normalize="shapes",
     **TINY,
-    grey=True,  # all places of an image share its colours, which would identify it without its figure
+    grayscale=True,  # all positions of an image share its colors, which would identify it without its shape
     contrast=True,
     output="fc",
     estimator="infonce",
@@ -110,7 +93,11 @@ SHAPES = Config(
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, half the width: minutes on two cores, to see DIM learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, half the width: minutes on two cores, to see DIM learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=8),
+    ),
+    "shapes": ("embedded single shapes, half the width: a task with easier answers than the shape", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(
@@ -131,7 +118,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         replace(DIM_L, **TINY, estimator="infonce", epochs=10, knn_every=5),
     ),
     "stl10": (
-        "STL-10 at 64 px, its unlabelled images, AlexNet-like, DIM(L) with infoNCE, 200 epochs: 72.57 % on conv",
+        "STL-10 at 64 px, its unlabeled images, AlexNet-like, DIM(L) with infoNCE, 200 epochs: 72.57 % on conv",
         replace(
             DIM_L,
             data="stl10",
@@ -148,19 +135,17 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(accuracies: tuple[float, float, float], table: str) -> list[dict]:
-    note = "200-unit probe, mean of the last 100 epochs"
-    return [
-        {"value": value, "metric": "top-1", "protocol": f"{layer}-mlp", "source": f"arXiv:1808.06670 {table}",
-         "note": note}
-        for layer, value in zip(("conv", "fc", "y"), accuracies, strict=True)
-    ]  # fmt: skip
+def _layers(accuracies: tuple[float, float, float], table: str) -> list[dict]:
+    """The paper's accuracies on conv, fc and y."""
+    source, note = f"arXiv:1808.06670 {table}", "200-unit probe, mean of the last 100 epochs"
+    names = ("conv-mlp", "fc-mlp", "y-mlp")
+    return [published(value, name, source, note) for name, value in zip(names, accuracies, strict=True)]
 
 
-# What the paper reports, shown beside our number under the same protocol id. Ours is always the last epoch.
+# The paper's numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
-    "cifar10": _published((73.25, 73.62, 66.96), "Table 1"),
-    "cifar10-infonce": _published((75.21, 75.57, 69.13), "Table 1"),
-    "cifar10-global": _published((52.2, 52.84, 43.17), "Table 1"),
-    "stl10": _published((72.57, 70.00, 67.08), "Table 2"),
+    "cifar10": _layers((73.25, 73.62, 66.96), "Table 1"),
+    "cifar10-infonce": _layers((75.21, 75.57, 69.13), "Table 1"),
+    "cifar10-global": _layers((52.2, 52.84, 43.17), "Table 1"),
+    "stl10": _layers((72.57, 70.00, 67.08), "Table 2"),
 }

@@ -1,21 +1,21 @@
-"""What the paper reports beside one accuracy: a probe on each of the encoder's layers (Tables 1 and 2), and whether
+"""What the paper reports besides one accuracy: a probe on each of the encoder's layers (Tables 1 and 2), and whether
 summaries find their parts on images that were not trained on."""
 
-import json
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from common.backbones import BackboneSpec
-from common.files import write_whole
+from common.html import table
 from common.rng import generator
 from common.run import Run
-from eval.features import extract_features, frozen, normaliser
-from eval.linear import linear_probe, top1
+from eval.card import FILE, merge_rows, read_card, save_card
+from eval.features import extract_features, frozen, normalizer
+from eval.linear import linear_probe
 from eval.load import load, random_init
-from eval.protocols import RANDOM, RAW, merge_rows
-from eval.report import table
+from eval.protocols import RANDOM, RAW, cannot_run
+from eval.setup import labels_of, top1
 
 from .loss import retrieval, scores
 from .model import DIM, OUTPUTS
@@ -32,18 +32,19 @@ def held_out_retrieval(
     count = min(HELD_OUT, len(store))
     batch = min(batch, count)
     sums, batches = {}, count // batch
-    own, normalise = torch.arange(batch, device=device), normaliser(spec.mean, spec.std, device)
+    own, normalize = torch.arange(batch, device=device), normalizer(spec.mean, spec.std, device)
     with frozen(model):
         for start in range(0, batches * batch, batch):
-            images = normalise(store.eval_images(start, start + batch, spec.image_size))
+            images = normalize(store.eval_images(start, start + batch, spec.image_size))
             for name, (summaries, parts) in model(images)[1].items():
                 u = scores(summaries.float(), parts.float())
                 sums[name] = sums.get(name, 0.0) + float(retrieval(u, own))
     return {name: 100 * value / batches for name, value in sums.items()}, batch
 
 
-def mlp_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, *, classes: int, epochs: int, seed: int,
-              device: torch.device) -> float:  # fmt: skip
+def mlp_probe(
+    x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, *, classes: int, epochs: int, seed: int, device: torch.device
+) -> float:
     """Top-1 in percent of the paper's classifier, one hidden layer of 200, on features [N, D]; after the last epoch.
 
     BatchNorm and dropout 0.1; Adam 1e-4, a tenth of it from epoch 50 and again from 100, batch 64 (the paper: the mean
@@ -81,16 +82,18 @@ class LayerReport:
     rows: list[dict] = field(default_factory=list)
 
     def measure(self, model: DIM, batch: int) -> None:
-        """Fill `rows` from the trained model and from the exported encoder, beside random weights."""
+        """Fill `rows` from the trained model, the exported encoder and random weights."""
         device = self.run.accelerator.device
         found, batch = held_out_retrieval(model, self.test, self.spec, batch, device)
         for name, value in found.items():
-            text = (f"Of {batch} test images' parts at one place, the own one scores highest with the summary ({name} "
-                    f"term, eval mode); chance {100 / batch:.2f} %.")  # fmt: skip
+            text = (
+                f"Of {batch} test images' parts at one place, the own one scores highest with the summary ({name} "
+                f"term, eval mode); chance {100 / batch:.2f} %."
+            )
             settings = {"batch": batch, "chance": 100 / batch, "test_images": min(HELD_OUT, len(self.test))}
             self._row("held-out-retrieval", f"{name} parts", value, settings, text, {})
-        keeps = [None if store.labels is None else store.labels >= 0 for store in (self.train, self.test)]
-        if all(keep is not None and bool(keep.any()) for keep in keeps):
+        if not cannot_run(["linear"], self.train, self.test):
+            keeps = [labels_of(store) >= 0 for store in (self.train, self.test)]
             for output in OUTPUTS:
                 self._probe(output, keeps, device)
 
@@ -105,8 +108,10 @@ class LayerReport:
         values, seed = {}, self.run.seed
         for name, encoder in (("", load(self.run.directory)[0]), (RANDOM, random_init(self.spec, seed))):
             encoder.to(device).output = output
-            x, test_x = (extract_features(encoder, store, **about)[keep]
-                         for store, keep in zip((self.train, self.test), keeps, strict=True))  # fmt: skip
+            x, test_x = (
+                extract_features(encoder, store, **about)[keep]
+                for store, keep in zip((self.train, self.test), keeps, strict=True)
+            )
             classes = 1 + int(max(part.max() for part in labels))
             data = (x, labels[0], test_x, labels[1])
             probes = {}
@@ -122,14 +127,30 @@ class LayerReport:
             self._row(f"{output}-{probe}", "label", value, settings, text, {RANDOM: values[RANDOM][probe]})
 
     def _row(self, protocol: str, target: str, value: float, settings: dict, text: str, baselines: dict) -> None:
-        self.rows.append({"protocol": protocol, "target": target, "metric": "top-1", "value": value,
-                          "settings": settings, "text": text, "baselines": baselines})  # fmt: skip
+        self.rows.append(
+            {
+                "protocol": protocol,
+                "target": target,
+                "metric": "top-1",
+                "value": value,
+                "settings": settings,
+                "text": text,
+                "baselines": baselines,
+            }
+        )
 
     def sections(self) -> list[tuple[str, str]]:
         """(title, HTML) of the report."""
-        cells = [(r["protocol"], r["target"], f"{r['value']:.1f} %",
-                  f"{r['baselines'].get(RANDOM, r['settings'].get('chance', 0)):.1f} %", r["text"])
-                 for r in self.rows]  # fmt: skip
+        cells = [
+            (
+                r["protocol"],
+                r["target"],
+                f"{r['value']:.1f} %",
+                f"{r['baselines'].get(RANDOM, r['settings'].get('chance', 0)):.1f} %",
+                r["text"],
+            )
+            for r in self.rows
+        ]
         head = ("protocol", "target", "value", "random init or chance", "what it is")
         note = f"The layer {self.spec.arguments['output']} is the exported one: its linear probe stands above."
         body = table(head, cells, caption=note, numeric=(2, 3))
@@ -138,8 +159,8 @@ class LayerReport:
     def add_to_card(self) -> None:
         """Append the rows to result.json: the exported layer's linear probe under its layer's name too, and the raw
         pixels of that probe beside the other layers'."""
-        path = self.run.directory / "result.json"
-        card = json.loads(path.read_text())
+        path = self.run.directory / FILE
+        card = read_card(path)
         exported = self.spec.arguments["output"]
         for row in [r for r in card["evaluations"] if r["protocol"] == "linear"]:
             raw = {RAW: row["baselines"][RAW]} if RAW in row["baselines"] else {}
@@ -148,6 +169,6 @@ class LayerReport:
                     other["baselines"] = {**raw, **other["baselines"]}
             self.rows.append({**row, "protocol": f"{exported}-linear"})
         card["evaluations"] = merge_rows(card["evaluations"], self.rows)
-        write_whole(path, json.dumps(card, indent=1) + "\n")
+        save_card(path, card)
         for row in self.rows:
-            self.run.say(f"{row['protocol']}, {row['target']}: {row['value']:.1f} %")
+            self.run.print(f"{row['protocol']}, {row['target']}: {row['value']:.1f} %")

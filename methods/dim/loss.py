@@ -1,14 +1,14 @@
 """Three estimators of mutual information between a summary and the parts of its image, and the prior's two losses.
 
-Deep InfoMax, arXiv:1808.06670, equations 4 to 7. B: global batch; n = B / ranks; L: locations (1 for the global term);
-U: units of the score space. A score u[i, j, l] is the dot product of image i's summary with part l of image j; pairs of
-the same image (j = i) are positive, all others negative.
+Deep InfoMax, arXiv:1808.06670, equations 4 to 7. B: global batch; n = B / processes; L: locations (1 for the global
+term); U: units of the score space. A score u[i, j, l] is the dot product of image i's summary with part l of image j;
+pairs of the same image (j = i) are positive, all others negative.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from common.distributed import all_gather, rank, world_size
@@ -17,17 +17,18 @@ ESTIMATORS = ("jsd", "dv", "infonce")
 
 
 def information_loss(summaries: Tensor, parts: Tensor, estimator: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus an estimate of the information (lower is better), of this rank's summaries [n, U] and parts [n, L, U].
+    """Minus an estimate of the information (lower is better), of this process's summaries [n, U] and parts [n, L, U].
 
     jsd      mean over negatives of sp(u) + mean over positives of sp(-u) - 2 ln 2, sp(u) = ln(1 + e^u)
-    dv       ln of the mean of e^u over all negatives of all ranks - mean over positives of u (Donsker-Varadhan)
-    infonce  mean over i, l of -ln softmax of u[i, i, l] among itself and all parts of all *other* images: the image's
-             own other parts are no negatives
-    Own pairs are masked out by -inf (infonce, dv) or zero weight (jsd), never by a constant score, which would compete.
+    dv       ln of the mean of e^u over all negatives of all processes - mean over positives of u (Donsker-Varadhan)
+    infonce  mean over i, l of -ln softmax of u[i, i, l] among itself and all parts of all *other* images: the other
+             parts of the same image are no negatives
+    Pairs of the same image are masked out by -inf (infonce, dv) or zero weight (jsd), never by a constant score, which
+    would compete.
 
-    Parts are gathered with gradients, so negatives are global; computed in float32 (float64 stays). The mean over ranks
-    of the losses, and of all gradients, is that of one rank: jsd and infonce are means over own rows, and for dv each
-    rank has the whole logarithm, whose gathered inputs bring back the gradients of all ranks.
+    Parts are gathered with gradients, so negatives are global; computed in float32 (float64 stays). The mean over
+    processes of the losses, and of all gradients, equals that of one: jsd and infonce are means over local rows, and
+    for dv each process has the complete logarithm, whose gathered inputs return the gradients of all processes.
     Returns the loss and, detached, `retrieval`, `positive` and `negative` (mean scores). Levels: `chance_level`.
     """
     with torch.autocast(summaries.device.type, enabled=False):
@@ -38,8 +39,7 @@ def information_loss(summaries: Tensor, parts: Tensor, estimator: str) -> tuple[
         rows = torch.arange(n, device=u.device)
         own = rank() * n + rows
         positive = u[rows, own]  # [n, L]
-        is_own = torch.zeros(n, batch, 1, dtype=torch.bool, device=u.device)
-        is_own[rows, own] = True
+        is_own = (torch.arange(batch, device=u.device) == own[:, None]).unsqueeze(2)  # [n, B, 1]
         count = n * (batch - 1) * locations
         match estimator:
             case "jsd":
@@ -56,8 +56,8 @@ def information_loss(summaries: Tensor, parts: Tensor, estimator: str) -> tuple[
                 raise ValueError(f"unknown estimator {estimator!r}: {', '.join(ESTIMATORS)}")
         with torch.no_grad():
             negative = (u.sum() - positive.sum()) / count
-            told = {"retrieval": retrieval(u, own), "positive": positive.mean(), "negative": negative}
-    return loss, told
+            parts = {"retrieval": retrieval(u, own), "positive": positive.mean(), "negative": negative}
+    return loss, parts
 
 
 def scores(summaries: Tensor, parts: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def scores(summaries: Tensor, parts: Tensor) -> Tensor:
 
 
 def retrieval(u: Tensor, own: Tensor) -> Tensor:
-    """Share of i, l where, of the B images' parts at location l, the own one scores highest with summary i; 0-d.
+    """Share of i, l where, of the B images' parts at location l, that of image i scores highest with summary i; 0-d.
 
     u: [n, B, L]; own: long [n], the image of each summary. Chance: 1 / B.
     """
@@ -74,7 +74,7 @@ def retrieval(u: Tensor, own: Tensor) -> Tensor:
 
 
 def chance_level(estimator: str, batch: int, locations: int) -> float:
-    """The loss when all scores are equal: nothing is known. 0 for the f-divergences (jsd: at scores of 0)."""
+    """The loss when all scores are equal. 0 for the f-divergences (jsd: at scores of 0)."""
     return math.log(1 + (batch - 1) * locations) if estimator == "infonce" else 0.0
 
 
@@ -83,7 +83,7 @@ def discriminator_loss(discriminator, prior: Tensor, codes: Tensor, weight: floa
 
     mean sp(-D(prior)) + mean sp(D(codes)) + weight (1/2 mean |grad D(prior)|^2 + 1/2 mean |grad D(codes)|^2), the
     penalty over *all* samples (Mescheder et al. 2018). Codes are detached: the encoder has `fooling_loss`.
-    Returns the loss and, detached, `discriminator_accuracy` (0.5 when the codes cannot be told from the prior).
+    Returns the loss and, detached, `discriminator_accuracy` (0.5 if codes and prior are indistinguishable).
     """
     x = torch.cat([prior.to(codes.dtype), codes.detach()]).requires_grad_()
     logits = discriminator(x)  # [2n]: one pass, so that DistributedDataParallel sees one forward per backward
@@ -96,6 +96,12 @@ def discriminator_loss(discriminator, prior: Tensor, codes: Tensor, weight: floa
     return loss, {"discriminator_accuracy": right, "gradient_penalty": penalty.detach()}
 
 
-def fooling_loss(logits: Tensor) -> Tensor:
-    """The encoder's side, non-saturating: mean sp(-D(codes)); ln 2 where the discriminator cannot tell."""
-    return -logsigmoid(logits).mean()
+def fooling_loss(discriminator: nn.Module, codes: Tensor) -> Tensor:
+    """The encoder's side, non-saturating: mean sp(-D(codes)); ln 2 if the discriminator is at chance.
+
+    The gradient goes into `codes` [n, D] alone. `discriminator`: without DistributedDataParallel.
+    """
+    discriminator.requires_grad_(False)
+    loss = -logsigmoid(discriminator(codes)).mean()
+    discriminator.requires_grad_(True)
+    return loss

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.views.constants import constant
+
 OUTPUTS = ("conv", "fc", "y")
-GREY = (0.2989, 0.587, 0.114)
+GRAY = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """convs: (channels, kernel, stride, padding, max-pool 3/2 behind it); fc: widths; local: the conv, from 1, whose
+    """convs: (channels, kernel, stride, padding, max-pool 3/2 after it); fc: widths; local: the conv, from 1, whose
     output is the local map. Numbers of the code, configs/convnets.py."""
 
     convs: tuple[tuple[int, int, int, int, bool], ...]
@@ -49,15 +51,24 @@ class Encoder(nn.Module):
 
     y is what is trained to hold the image's information, before the sigmoid of the prior; conv and fc are what the
     paper's Tables 1 and 2 classify best.
-    width: factor on all hidden widths. grey: the network sees luminance alone (three equal channels). contrast: each
-    image is standardised by its own mean and deviation first (global contrast normalisation).
+    width: factor on all hidden widths. grayscale: the network sees luminance alone (three equal channels). contrast:
+    each image is standardized by its own mean and deviation first (global contrast normalization).
     """
 
-    def __init__(self, *, layout: str = "basic32", image_size: int = 32, width: float = 1.0, y_dim: int = 64,
-                 grey: bool = False, contrast: bool = False, output: str = "conv"):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        layout: str = "basic32",
+        image_size: int = 32,
+        width: float = 1.0,
+        y_dim: int = 64,
+        grayscale: bool = False,
+        contrast: bool = False,
+        output: str = "conv",
+    ):
         super().__init__()
         self.layout, self.image_size, self.width, self.output = layout, image_size, width, output
-        self.grey, self.contrast = grey, contrast
+        self.grayscale, self.contrast = grayscale, contrast
         plan = LAYOUTS[layout]
         convs = _convs(plan, width)
         self.trunk, self.top = nn.Sequential(*convs[: plan.local]), nn.Sequential(*convs[plan.local :])
@@ -71,12 +82,12 @@ class Encoder(nn.Module):
         return {"conv": conv, "fc": self.y.in_features, "y": self.y.out_features}[self.output]
 
     def layers(self, images: Tensor) -> Layers:
-        if self.grey:
-            weights = images.new_tensor(GREY).view(1, 3, 1, 1)
+        if self.grayscale:
+            weights = constant(GRAY, images.device, images.dtype).view(1, 3, 1, 1)
             images = (images * weights).sum(1, keepdim=True).expand(-1, 3, -1, -1)
         if self.contrast:
             deviation, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
-            images = (images - mean) / (deviation + 1e-3)  # an image of one colour is zero
+            images = (images - mean) / (deviation + 1e-3)  # an image of one color is zero
         local = self.trunk(images)
         conv = self.top(local)
         fc = self.fc(conv)
@@ -108,7 +119,7 @@ def _fully_connected(plan: Layout, image_size: int, width: float) -> nn.Sequenti
 
 
 def map_size(plan: Layout, image_size: int, count: int) -> int:
-    """Side of the map behind the first `count` convolutions; 0 or less where the image is too small."""
+    """Side of the map after the first `count` convolutions; 0 or less where the image is too small."""
     side = image_size
     for _, kernel, stride, padding, pool in plan.convs[:count]:
         side = (side + 2 * padding - kernel) // stride + 1
@@ -147,10 +158,10 @@ class Pair(NamedTuple):
 
 
 class DIM(nn.Module):
-    """Images [N, 3, H, W] -> y [N, 64] and the pairs of the terms that are asked for: "local", "global".
+    """Images [N, 3, H, W] -> y [N, 64] and the pairs of the requested terms: "local", "global".
 
     Local: blocks on y and on the local map's locations. Global: a linear layer on y, and on the image's side a copy of
-    the encoder's layers behind the local map with own weights, both to U units, without LayerNorm (code: GlobalDIM).
+    the encoder's layers after the local map, with other weights, both to U units, without LayerNorm (code: GlobalDIM).
     """
 
     def __init__(self, encoder: Encoder, units: int, terms: tuple[str, ...]):
@@ -178,7 +189,7 @@ class DIM(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Numbers in [0, 1], [N, 64] -> logit [N] of "drawn from the prior" (paper App. A.2, code: 1000-200-1), float32."""
+    """Numbers in [0, 1], [N, 64] -> logit [N] of "from the prior" (paper App. A.2, code: 1000-200-1), float32."""
 
     def __init__(self, inputs: int, hidden: tuple[int, ...] = (1000, 200)):
         super().__init__()

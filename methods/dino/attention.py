@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from common.html import image_tag
 from common.vit import is_vit, last_attention
-from eval.features import normaliser
+from eval.features import normalizer
 from eval.load import load
-from eval.report import image_tag
 
 
 def attention_section(directory: Path, store, count: int = 8) -> list[tuple[str, str]]:
@@ -18,7 +18,7 @@ def attention_section(directory: Path, store, count: int = 8) -> list[tuple[str,
     if not is_vit(spec.name):
         return []
     images = store.eval_images(0, min(count, len(store)), spec.image_size).cpu()
-    maps = cls_attention(backbone, normaliser(spec.mean, spec.std, "cpu")(images))
+    maps = cls_attention(backbone, normalizer(spec.mean, spec.std, "cpu")(images))
     shown = interpolate(maps / maps.amax((2, 3), keepdim=True), size=images.shape[-2:])  # nearest: patches stay visible
     shown = (255 * shown).round().to(torch.uint8)
     rows = []

@@ -6,50 +6,26 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ResNetConfig, ViTConfig, published
+from common.errors import UserError
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ResNetConfig, ViTConfig, ImageConfig):
+    # ---- data and network: see common/config.py for the other settings
     data: str = "imagenet-1k"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 224
     """Side of a global view in pixels. Paper section 3.1: 224."""
     normalize: str = "imagenet-1k"
-    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code: ImageNet's."""
-
-    # ---- network
+    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code: ImageNet."""
     backbone: str = "vit_small_patch16_224"
-    """timm name. Paper Table 1: ViT-S/16, width 384, 12 blocks, 6 heads; or a ResNet."""
-    stem: Literal["timm", "cifar"] = "timm"
-    """Of ResNets. cifar: 3x3 convolution, stride 1, no max-pool."""
-    layers: tuple[int, ...] = ()
-    """Blocks per stage of a ResNet; default: timm's."""
-    channels: tuple[int, ...] = ()
-    """Width per stage of a ResNet; default: timm's."""
-    stem_width: int = 64
-    """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
-    width: int = 0
-    """Width of a ViT; 0: the backbone's own."""
-    depth: int = 0
-    """Blocks of a ViT; 0: the backbone's own."""
-    heads: int = 0
-    """Attention heads of a ViT; 0: the backbone's own."""
+    """timm name of a ViT or a ResNet. Paper Table 1: ViT-S/16, width 384, 12 blocks, 6 heads."""
     sync_bn: bool = True
-    """BatchNorm of student and teacher over all ranks, where there is one. Code: SyncBatchNorm."""
+    """BatchNorm statistics of student and teacher over all processes. Code: SyncBatchNorm."""
 
     # ---- stability tricks for ViTs (common/vit.py); DINO has only the first
     drop_path: float = 0.0
     """Stochastic depth of the student, growing linearly over the blocks; the teacher has none. Code: 0.1 for ViTs."""
-    patch_size: int = 0
-    """Side of a patch in pixels; 0: the backbone's own."""
     layer_scale: float = 0.0
     """Initial LayerScale of the residual branches, 0: none. DINO v1 has none; DINOv2: 1e-5."""
     qk_norm: bool = False
@@ -57,9 +33,9 @@ class Config(RunConfig):
     frozen_patch_projection: bool = False
     """Random, untrained patch projection (MoCo-v3, arXiv:2104.02057, section 4.2). DINO v1: no."""
     sincos_positions: bool = False
-    """Fixed 2-D sin-cos positions (MoCo-v3, MAE) instead of learnt ones. DINO v1: no."""
+    """Fixed 2-D sin-cos positions (MoCo-v3, MAE) instead of learned ones. DINO v1: no."""
     layer_decay: float = 1.0
-    """Learning rate times this per block from the top. DINO v1: 1; DINOv2: 0.9."""
+    """Factor on the learning rate per block below the top. DINO v1: 1; DINOv2: 0.9."""
 
     # ---- head
     out_dim: int = 65536
@@ -77,17 +53,21 @@ class Config(RunConfig):
 
     # ---- objective
     student_temperature: float = 0.1
-    """Paper section 3.1, code."""
+    """Temperature of the student. Paper section 3.1, code."""
     teacher_temperature: float = 0.04
-    """Final temperature. Code: 0.04; paper's runs: 0.07; unstable above."""
+    """Final temperature of the teacher. Code: 0.04; paper's runs: 0.07; unstable above."""
     warmup_teacher_temperature: float = 0.04
-    """Temperature of the first epoch. Paper, code."""
+    """Temperature of the teacher in the first epoch. Paper, code."""
     warmup_teacher_epochs: int = 0
-    """Epochs of the linear way to the final temperature. Code: 0; paper's runs: 30."""
+    """Epochs of the linear warm-up to the final temperature. Code: 0; paper's runs: 30."""
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    """What keeps one prototype from winning: subtract a moving average, or Sinkhorn-Knopp. Paper: mean; sinkhorn in
+    Table 7 and in DINOv2."""
     center_momentum: float = 0.9
-    """Of the centre, the moving average of the teacher's raw outputs; 1 switches centring off. Paper App. D, code."""
+    """Momentum of the center, the moving average of the teacher's raw outputs; 1 disables centering. Paper App. D,
+    code."""
     ema_momentum: float = 0.996
-    """Of the teacher at the first step, growing by a cosine to 1. Paper; code's advice: 0.9995 at batch 256."""
+    """Momentum of the teacher at the first step; a cosine brings it to 1. Paper; code's advice: 0.9995 at batch 256."""
 
     # ---- views
     global_crop_scale: tuple[float, float] = (0.4, 1.0)
@@ -98,57 +78,52 @@ class Config(RunConfig):
     """Side of a local view in pixels. Paper section 3.1."""
     local_crop_scale: tuple[float, float] = (0.05, 0.4)
     """Area of a local crop. Code: 0.05 to 0.4; convnets: 0.05 to 0.14."""
-    color: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast, saturation and hue jitter, with p = .8. Code."""
-    grey: float = 0.2
-    """Probability of greyscale. Code."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Brightness, contrast, saturation and hue, applied with probability 0.8. Code."""
+    grayscale: float = 0.2
+    """Probability of grayscale. Code."""
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    """Probability of blur in global view 1, global view 2 and local views. Code."""
+    """Probability of Gaussian blur in global view 1, global view 2 and local views. Code."""
     solarize: float = 0.2
-    """Probability of solarisation in global view 2. Code."""
+    """Probability of solarization in global view 2. Code."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling of crops. Code: bicubic."""
 
-    # ---- optimisation
+    # ---- optimization
     optimizer: Literal["adamw", "sgd", "lars", "larc"] = "adamw"
-    """Code: AdamW for ViTs, SGD (README) or LARS (release) for ResNet-50. larc: solo-learn on CIFAR-10, trust 0.02,
-    no tensor faster than the rate."""
+    """Code: AdamW for ViTs, SGD (README) or LARS (release) for ResNet-50. larc: solo-learn on CIFAR-10, trust
+    coefficient 0.02, no tensor faster than the learning rate."""
     epochs: int = 100
-    """Code."""
+    """Passes over the training images. Code."""
     batch_size: int = 512
-    """Global batch in images, over all processes. Code README: 8 GPUs x 64."""
+    """Global batch size, over all processes. Code README: 8 GPUs x 64."""
     base_lr: float = 5e-4
-    """Peak rate per 256 images (linear rule). Code."""
+    """Peak learning rate per 256 images (linear rule). Code."""
     min_lr: float = 1e-6
-    """Rate at the end of the cosine, not scaled with the batch. Code."""
+    """Learning rate at the end of the cosine, not scaled with the batch. Code."""
     warmup_epochs: float = 10
     """Linear warm-up from 0, the peak reached at its last step. Code."""
     weight_decay: float = 0.04
-    """At the first step. Biases and norms have none; positions and CLS token have, unlike timm's ViTs. Code."""
+    """Weight decay at the first step. Not on biases and norms; on positions and CLS token, unlike timm's ViTs. Code."""
     weight_decay_end: float = 0.4
-    """At the last step, by a cosine without warm-up. Code."""
+    """Weight decay at the last step, by a cosine without warm-up. Code."""
     momentum: float = 0.9
-    """Of SGD, LARS and LARC. Code."""
+    """Optimizer momentum (SGD, LARS, LARC). Code."""
     clip: float = 3.0
-    """Largest norm of each parameter's gradient, one by one (0: no clipping). Code: 3; none in the best ViT-S run."""
+    """Largest gradient norm of each parameter separately (0: no clipping). Code: 3; none in the best ViT-S run."""
     freeze_last_layer: int = 1
     """Epochs in which the head's last layer is not trained. Code."""
-
-    # ---- precision, randomness
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32. Code: fp16, none for patches below 16."""
-    compile: bool = False
-    """torch.compile for backbones and colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, stochastic depth and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations of the teacher (0: none)."""
+    """auto: bf16 on GPUs (fp16 on those without it), float32 on CPUs; the loss is always float32. Code: fp16, none for
+    patches below 16."""
 
-    def __post_init__(self):
-        for name in ("layers", "channels", "global_crop_scale", "local_crop_scale", "color", "blur"):
-            setattr(self, name, tuple(getattr(self, name)))
+    def check(self) -> None:
+        """Raise UserError if a recomputed block would drop other paths than the first pass."""
+        if self.activation_checkpointing and self.drop_path:
+            raise UserError(
+                "choose --activation-checkpointing or --drop-path: a recomputed block would drop other paths. "
+                "--drop-path 0 switches it off."
+            )
 
 
 # 4.2 million multiply-adds a 32-px view: hundreds of images a second train on two cores.
@@ -203,7 +178,7 @@ SHAPES = Config(
     local_views=4,
     local_size=16,
     local_crop_scale=(0.1, 0.3),
-    color=(0.4, 0.4, 0.2, 0.5),  # any hue: on shapes colour would otherwise solve the task
+    color_jitter=(0.4, 0.4, 0.2, 0.5),  # any hue: on shapes color would otherwise solve the task
     blur=(0.0, 0.0, 0.0),
     interpolation="bilinear",
     epochs=20,
@@ -216,25 +191,44 @@ SHAPES = Config(
     save_every=200,
 )
 
+# A teacher much sharper than the student, and a center that follows quickly: at .1, .04 and .9 the output becomes
+# uniform on shapes.
+SHAPES_SHARP = replace(
+    SHAPES,
+    out_dim=512,
+    hidden_dim=64,
+    bottleneck_dim=64,
+    head_layers=2,
+    student_temperature=0.2,
+    teacher_temperature=0.03,
+    warmup_teacher_temperature=0.03,
+    center_momentum=0.7,
+    local_crop_scale=(0.2, 0.5),
+    epochs=30,
+)
+
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
-        "embedded shapes, 4 MMAC ResNet, 2x32 + 4x16 px: minutes on two cores, to see DINO learn",
+        "embedded pairs of shapes, 4 MMAC ResNet, two crops of 32 px: minutes on two cores, to see DINO learn",
         replace(
-            SHAPES,
-            out_dim=512,
-            hidden_dim=64,
-            bottleneck_dim=64,
-            head_layers=2,
-            # A teacher much sharper than the student, and a centre that follows at once: at .1, .04 and .9 the answer
-            # becomes uniform on shapes.
-            student_temperature=0.2,
-            teacher_temperature=0.03,
-            warmup_teacher_temperature=0.03,
-            center_momentum=0.7,
-            local_crop_scale=(0.2, 0.5),
-            epochs=30,
+            SHAPES_SHARP,
+            data="pairs",
+            normalize="pairs",
+            hidden_dim=256,  # with 64, two layers and a bottleneck of 64 kNN stops at 46 % instead of 80
+            bottleneck_dim=256,
+            head_layers=3,
+            local_views=0,
+            student_temperature=0.1,
+            teacher_temperature=0.01,
+            warmup_teacher_temperature=0.01,
+            center_momentum=0.5,
+            ema_momentum=0.97,
+            base_lr=4e-3,
+            freeze_last_layer=0,
+            epochs=14,
         ),
     ),
+    "shapes": ("embedded single shapes, 4 MMAC ResNet, 2x32 + 4x16 px, 30 epochs", SHAPES_SHARP),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, knn_every=0, log_every=2, save_every=4),
@@ -265,7 +259,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         CIFAR10_R18,
     ),
     "cifar10-vit": (
-        "CIFAR-10, ViT-Ti with patches of 4 px, 2x32 + 4x16 px, batch 256, 400 epochs; nobody's published recipe",
+        "CIFAR-10, ViT-Ti with patches of 4 px, 2x32 + 4x16 px, batch 256, 400 epochs; not a published recipe",
         Config(
             data="cifar10",
             image_size=32,
@@ -372,35 +366,31 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "cifar10-r18": [
-        _published(89.5, "linear-augmented", "solo-learn CIFAR-10", "1000 epochs, online; about 87 in its issue 397"),
-        _published(84.0, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 128, 200 epochs, best epoch on test"),
+        published(89.5, "linear-augmented", "solo-learn CIFAR-10", "1000 epochs, online; about 87 in its issue 397"),
+        published(84.0, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 128, 200 epochs, best epoch on test"),
     ],
-    "imagenette-r18": [_published(88.8, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
+    "imagenette-r18": [published(88.8, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
     "imagenette-vits": [
-        _published(83.8, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs, best epoch on test"),
-        _published(86.1, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
+        published(83.8, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs, best epoch on test"),
+        published(86.1, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
     ],
     "imagenet-vits": [
-        _published(74.5, "knn-20-0.07", "arXiv:2104.14294 Table 2"),
-        _published(77.0, "linear-augmented", "arXiv:2104.14294 Table 2", "CLS of the last 4 blocks"),
+        published(74.5, "knn-20-0.07", "arXiv:2104.14294 Table 2"),
+        published(77.0, "linear-augmented", "arXiv:2104.14294 Table 2", "CLS of the last 4 blocks"),
     ],
     "imagenet-vits-300": [
-        _published(73.3, "knn-20-0.07", "facebookresearch/dino README"),
-        _published(76.0, "linear-augmented", "facebookresearch/dino README", "CLS of the last 4 blocks"),
+        published(73.3, "knn-20-0.07", "facebookresearch/dino README"),
+        published(76.0, "linear-augmented", "facebookresearch/dino README", "CLS of the last 4 blocks"),
     ],
     "imagenet-vits-100": [
-        _published(69.3, "knn-20-0.07", "facebookresearch/dino README"),
-        _published(74.0, "linear-augmented", "facebookresearch/dino README", "CLS of the last 4 blocks"),
+        published(69.3, "knn-20-0.07", "facebookresearch/dino README"),
+        published(74.0, "linear-augmented", "facebookresearch/dino README", "CLS of the last 4 blocks"),
     ],
     "imagenet-r50": [
-        _published(67.5, "knn-20-0.07", "arXiv:2104.14294 Table 2"),
-        _published(75.3, "linear-augmented", "arXiv:2104.14294 Table 2"),
+        published(67.5, "knn-20-0.07", "arXiv:2104.14294 Table 2"),
+        published(75.3, "linear-augmented", "arXiv:2104.14294 Table 2"),
     ],
 }

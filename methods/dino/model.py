@@ -1,5 +1,6 @@
 """DINO's network: backbone and head, the same for student and teacher (arXiv:2104.14294, section 3.1 and App. C)."""
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -9,10 +10,10 @@ from torch.nn import functional as F
 from common.vit import StochasticDepth
 
 
-class NormalisedLinear(nn.Module):
+class NormalizedLinear(nn.Module):
     """Linear layer without bias whose rows are g * v / |v|: with unit inputs and g = 1 its outputs are cosines.
 
-    v: [K, D], torch's default initialisation; g: [K, 1], ones. `fixed` keeps g at 1 (code: norm_last_layer).
+    v: [K, D], torch's default initialization; g: [K, 1], ones. `fixed` keeps g at 1 (code: norm_last_layer).
     """
 
     def __init__(self, width: int, outputs: int, fixed: bool):
@@ -25,7 +26,7 @@ class NormalisedLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 norm, weight-normalised linear layer: [N, width] -> [N, outputs]."""
+    """MLP to a bottleneck, L2 norm, weight-normalized linear layer: [N, width] -> [N, outputs]."""
 
     def __init__(
         self,
@@ -48,14 +49,14 @@ class DINOHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.last_layer = NormalisedLinear(bottleneck, outputs, fixed=norm_last_layer)
+        self.last_layer = NormalizedLinear(bottleneck, outputs, fixed=norm_last_layer)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(features), dim=1))
 
 
 class DINO(nn.Module):
-    """Backbone and head: a list of views, each [n, 3, s, s], -> [V * n, K], view by view."""
+    """Backbone and head: V views, each [n, 3, s, s], -> [V * n, K], view by view."""
 
     stochastic_depth: StochasticDepth | None = None  # the student's; set after the teacher was copied
 
@@ -65,13 +66,13 @@ class DINO(nn.Module):
         if hasattr(backbone, "cls_token"):
             nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # as DINO's ViT; timm starts at 1e-6
 
-    def forward(self, views: list[Tensor]) -> Tensor:
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
         features, first = [], 0
-        # One pass a resolution, so that BatchNorm statistics are per resolution; the head once for all.
+        # One pass per view size, so BatchNorm's statistics are per size; the head sees all views at once.
         for _, group in groupby(views, key=lambda view: view.shape[-1]):
             images = list(group)
             if self.stochastic_depth:
                 self.stochastic_depth.select(first, len(images))
             first += len(images)
-            features.append(self.backbone(torch.cat(images).contiguous(memory_format=torch.channels_last)))
+            features.append(self.backbone(torch.cat(images)))
         return self.head(torch.cat(features))

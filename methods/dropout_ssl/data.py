@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.augment import ViewRecipe
 from common.data import ImageStore, open_data
 from common.errors import UserError
 from common.rng import generator
+from common.transfer import to_device
+from common.views.recipe import ViewRecipe
 
 TABLES = ("table", "diamonds")
 
 
 @dataclass(kw_only=True, eq=False)
 class Records:
-    """`inputs`: uint8 [N, 3, H, W] images or standardised float32 [N, F] rows, with labels [N], on the device."""
+    """`inputs`: uint8 [N, 3, H, W] images or standardized float32 [N, F] rows, with labels [N], on the device."""
 
     inputs: Tensor
     labels: Tensor
@@ -37,7 +38,7 @@ class Records:
 def open_records(
     spec: str, split: str, *, device: torch.device, limit: int = 0, log: Callable[[str], None] = print, **source
 ) -> Records:
-    """The records of `spec`: "table", "diamonds" or whatever `common.data.open_data` knows (`source` goes there).
+    """The records of `spec`: "table", "diamonds" or any spec of `common.data.open_data` (to which `source` is passed).
 
     Raises UserError where the data has no labels, or images that are not of one size or do not fit in memory.
     """
@@ -46,16 +47,29 @@ def open_records(
         if limit and split == "train":
             rows, labels = rows[:limit], labels[:limit]
         name = "cut" if spec == "diamonds" else "class"
-        return Records(inputs=rows.to(device), labels=labels.to(device), classes=classes, name=spec,
-                       fingerprint=fingerprint, label_name=name)  # fmt: skip
+        return Records(
+            inputs=rows.to(device),
+            labels=labels.to(device),
+            classes=classes,
+            name=spec,
+            fingerprint=fingerprint,
+            label_name=name,
+        )
     store = open_data(spec, split, limit=limit or None if split == "train" else None, device=device, log=log, **source)
     if not isinstance(store, ImageStore):
         raise UserError(f"--data {spec}: this study needs images of one size that fit in memory; resize them first")
     if store.labels is None or bool((store.labels < 0).any()):
         raise UserError(f"--data {spec}: every {split} image needs a label here; name their column with --label-column")
     classes = max(len(store.class_names or []), int(store.labels.max()) + 1)
-    return Records(inputs=store.images, labels=store.labels.to(device), classes=classes, name=store.name, store=store,
-                   fingerprint=store.fingerprint, label_name=store.label_name or "label")  # fmt: skip
+    return Records(
+        inputs=store.images,
+        labels=store.labels.to(device),
+        classes=classes,
+        name=store.name,
+        store=store,
+        fingerprint=store.fingerprint,
+        label_name=store.label_name or "label",
+    )
 
 
 def _drawn(split: str) -> tuple[Tensor, Tensor, int, str]:
@@ -75,18 +89,20 @@ def _drawn(split: str) -> tuple[Tensor, Tensor, int, str]:
 
 
 def _diamonds(split: str) -> tuple[Tensor, Tensor, int, str]:
-    """53,940 diamonds: 7 measures, colour and clarity as one-hot columns; the label is the cut, 5 grades.
+    """53,940 diamonds: 7 measures, color and clarity as one-hot columns; the label is the cut, 5 grades.
 
     Read from the file in plotnine's package, which is not imported. A fixed random fifth is the test set.
     """
     found = importlib.util.find_spec("plotnine")
     if found is None:
-        raise UserError("--data diamonds is the table that plotnine ships: pip install --no-deps plotnine, or use "
-                        "--data table, which needs nothing")  # fmt: skip
+        raise UserError(
+            "--data diamonds is the table that plotnine ships: pip install --no-deps plotnine, or use "
+            "--data table, which needs nothing"
+        )
     path = Path(found.submodule_search_locations[0]) / "data" / "diamonds.csv"
     if not path.exists():
         raise UserError("the installed plotnine has no data/diamonds.csv: install plotnine 0.15, or use --data table")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     measures = [[float(row[c]) for c in ("carat", "depth", "table", "price", "x", "y", "z")] for row in rows]
     x = [torch.tensor(measures, dtype=torch.float64)]
@@ -111,15 +127,15 @@ def _split(x: Tensor, y: Tensor, split: str, *, test: int, g: torch.Generator | 
     return x, y, classes, digest.hexdigest()
 
 
-def labelled_rows(n: int, budget: int, seed: int) -> Tensor:
-    """long [budget]: the labelled records of a seed (0: all), the first of one permutation: budgets are nested."""
+def labeled_rows(n: int, budget: int, seed: int) -> Tensor:
+    """long [budget]: the labeled records of a seed (0: all), the first of one permutation: budgets are nested."""
     if not 0 <= budget <= n:
         raise UserError(f"--labels {budget}: the data has {n} training records")
     return torch.randperm(n, generator=generator(seed, "labelled"))[: budget or n]
 
 
 def random_labels(n: int, classes: int, seed: int) -> Tensor:
-    """long [n]: A9's label of every record, drawn once and kept in all epochs."""
+    """long [n]: A9's label of every record, sampled once and fixed in all epochs."""
     return torch.randint(classes, (n,), generator=generator(seed, "random labels"))
 
 
@@ -155,8 +171,8 @@ class Inputs:
         self.records, self.recipe, self.seed = records, recipe, seed
 
     def __call__(self, rows: Tensor, step: int = 0, part: slice = slice(None)) -> Tensor:
-        """Of the global batch's `rows` those of `part`; numbers are drawn for all of them."""
-        chosen = rows[part].to(self.records.inputs.device)
+        """Rows `part` of the global batch's `rows`; random numbers are sampled for all rows."""
+        chosen = to_device(rows[part], self.records.inputs.device)
         if self.recipe is None:
             return self.records.inputs[chosen]
         params = self.recipe.sample(len(rows), generator(self.seed, "views", step))[part]

@@ -11,7 +11,7 @@ from common.errors import UserError
 from .loss import alignment
 from .metrics import (
     calibration_error,
-    centred,
+    centered,
     cka,
     contrast,
     cosine,
@@ -23,7 +23,7 @@ from .metrics import (
 from .model import Network
 from .noise import VAE, mask_keys
 
-EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # sheet 7.4: 0, 1, 2, 5, 10, 20 ...
+EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # study design: 0, 1, 2, 5, 10, 20 ...
 TEMPERATURES = (0.1, 0.5)
 CHUNK = 512
 
@@ -42,8 +42,16 @@ class Measure:
     noise too, under the same names with kind "own".
     """
 
-    def __init__(self, network: Network, sets: dict[str, tuple[Tensor, Tensor, Tensor]], *, seed: int, masks: int,
-                 own: bool, batch: int):  # fmt: skip
+    def __init__(
+        self,
+        network: Network,
+        sets: dict[str, tuple[Tensor, Tensor, Tensor]],
+        *,
+        seed: int,
+        masks: int,
+        own: bool,
+        batch: int,
+    ):
         if masks < 2:
             raise UserError(f"--masks {masks}: two masks of a record are needed to compare them")
         self.network, self.sets, self.seed, self.masks, self.own, self.batch = network, sets, seed, masks, own, batch
@@ -58,7 +66,7 @@ class Measure:
     def __call__(self, epoch: float) -> dict[str, dict[str, float]]:
         """kind -> measurements: "held-out" and "train" under the common noise, "own" held-out under the arm's."""
         was_training = self.network.training
-        self.network.eval()  # BatchNorm's statistics are frozen; the noise layer asks for keys, not for a mode
+        self.network.eval()  # BatchNorm's statistics are frozen; the noise layer depends on keys, not on the mode
         try:
             found = {"held-out": self._of("held-out"), "train": self._of("train, measured")}
             if self.own:
@@ -93,21 +101,23 @@ class Measure:
     def _drift(self, epoch: float) -> dict[str, float]:
         """The post's m_1 ... m_n literally: cosine of features now and at the last measurement, mask fresh or the same.
 
-        The second knows only what the weights did in between; the difference is the masks' share.
+        The second reflects only the change of the weights; the difference is due to the masks.
         """
-        now = {"fixed": self.noisy("held-out", self.masks)[0],
-               "fresh": self.noisy("held-out", self.masks, epoch=1 + math.ceil(epoch))[0]}  # fmt: skip
+        now = {
+            "fixed": self.noisy("held-out", self.masks)[0],
+            "fresh": self.noisy("held-out", self.masks, epoch=1 + math.ceil(epoch))[0],
+        }
         found = {}
         if self._before:
-            before = centred(self._before["fixed"][None].to(now["fixed"].device))[0]
+            before = centered(self._before["fixed"][None].to(now["fixed"].device))[0]
             for name, h in now.items():
-                found[f"drift_{name}"] = float(F.cosine_similarity(centred(h[None])[0], before, dim=1).mean())
+                found[f"drift_{name}"] = float(F.cosine_similarity(centered(h[None])[0], before, dim=1).mean())
             found["cka"] = cka(before, now["fixed"])
         self._before = {"fixed": now["fixed"]}
         return found
 
     def _gradients(self) -> dict[str, float]:
-        """Cosines of the labels' gradient with those of losses that know no label, over the encoder's weights."""
+        """Cosines of the supervised gradient with those of losses without labels, over the encoder's weights."""
         x, y, ids = (t[: self.batch] for t in self.sets["train, measured"])
         weights = [w for w in self.network.backbone.parameters() if w.requires_grad]
         first, second = (self.network(x, mask_keys(self.seed, "gradients", 0, ids, c), common=True) for c in (0, 1))
@@ -128,7 +138,7 @@ class Measure:
 
 
 def nt_xent_here(h1: Tensor, h2: Tensor, temperature: float) -> Tensor:
-    """`loss.nt_xent` on this rank alone: measurements are made by one rank while the others wait."""
+    """`loss.nt_xent` on this process alone: measurements are made by one process while the others wait."""
     n = len(h1)
     z = F.normalize(torch.cat([h1, h2]).float(), dim=1)
     scores = (z @ z.T / temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)
@@ -142,5 +152,7 @@ def clean_outputs(network: nn.Module, inputs, count: int) -> tuple[Tensor, Tenso
     network.eval()
     parts = [network(inputs(rows)) for rows in torch.arange(count).split(CHUNK)]
     network.train(was_training)
-    return (torch.cat([out.features.float() for out in parts]),
-            torch.cat([F.log_softmax(out.logits.float(), dim=1) for out in parts]))  # fmt: skip
+    return (
+        torch.cat([out.features.float() for out in parts]),
+        torch.cat([F.log_softmax(out.logits.float(), dim=1) for out in parts]),
+    )

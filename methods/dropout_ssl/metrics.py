@@ -1,7 +1,7 @@
-"""What is measured of a network under noise (sheet 7.4). Pure functions.
+"""What is measured of a network under noise. Pure functions.
 
 h: [M, N, D] features of N records under M masks each; log_p: [M, N, K]; y: long [N]. Everything about directions is of
-features minus the mean over records and masks: before that all cosines are near 1, whatever the network does.
+features minus the mean over records and masks: otherwise all cosines are near 1 for any network.
 """
 
 import math
@@ -15,7 +15,7 @@ from eval import metrics as shared
 from .loss import bhattacharyya, entropy_split
 
 
-def centred(h: Tensor) -> Tensor:
+def centered(h: Tensor) -> Tensor:
     return h - h.mean((0, 1))
 
 
@@ -28,7 +28,7 @@ def similarity_of_pairs(h: Tensor, y: Tensor) -> dict[str, float]:
     masks, n, _ = h.shape
     spread = h.double().var(0, correction=1).sum(1).mean()
     total = h.double().reshape(masks * n, -1).var(0, correction=0).sum()
-    sums = F.normalize(centred(h.double()), dim=2).sum(0)  # [N, D]: sums of unit vectors make sums of cosines
+    sums = F.normalize(centered(h.double()), dim=2).sum(0)  # [N, D]: sums of unit vectors make sums of cosines
     squares = sums.square().sum(1)
     counts = torch.bincount(y).double()
     by_class = torch.zeros(len(counts), h.shape[2], dtype=torch.float64, device=h.device).index_add_(0, y, sums)
@@ -46,7 +46,7 @@ def contrast(h: Tensor, y: Tensor, temperature: float) -> dict[str, float]:
     Mean over 2N rows, divided by ln(1 + negatives) of the row, the level of chance: all negatives (ln(2N - 1)), those
     of other classes, those of the row's own class. A row without such negatives is left out.
     """
-    z = F.normalize(centred(h[:2]).float(), dim=2).flatten(0, 1)  # [2N, D]
+    z = F.normalize(centered(h[:2]).float(), dim=2).flatten(0, 1)  # [2N, D]
     n, labels = h.shape[1], y.repeat(2)
     place = torch.arange(2 * n, device=h.device)
     partner = (place + n) % (2 * n)
@@ -66,13 +66,13 @@ def contrast(h: Tensor, y: Tensor, temperature: float) -> dict[str, float]:
 
 def geometry(h: Tensor) -> dict[str, float]:
     """Alignment of two masks, uniformity of one, effective rank of the covariance (means over masks taken)."""
-    x = centred(h).float()
+    x = centered(h).float()
     found = {"alignment": shared.alignment(x[0], x[1]), "uniformity": shared.uniformity(x[0])}
     return {**found, "rank": shared.rankme(x.mean(0))}
 
 
 def output_terms(log_p: Tensor, y: Tensor) -> dict[str, float]:
-    """The masked cross-entropy and its exact parts (sheet 7.1), the Bhattacharyya distance and the symmetric KL of the
+    """The masked cross-entropy and its exact parts, the Bhattacharyya distance and the symmetric KL of the
     first two masks, and the accuracy under a mask in percent."""
     log_p = log_p.double()
     geo, consistency = entropy_split(log_p, y)

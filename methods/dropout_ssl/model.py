@@ -1,4 +1,4 @@
-"""The networks: an MLP for tables, and any backbone with a noise layer at its input, behind its stem or at the head."""
+"""The networks: an MLP for tables, and any backbone with a noise layer at its input, after its stem or at the head."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
     `network(x, keys)` is noisy, `network(x)` clean. `network(x, keys, common=True)` uses, in place of the arm's own
     layer, the noise all arms are measured with: element dropout of the input. So networks trained without noise, or
-    with another one, are asked the same question.
+    with another one, are measured alike.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, p: float, projector_dim: int = 0):
@@ -60,7 +60,7 @@ class Network(nn.Module):
         self._keys: Tensor | None = None
 
     def set_noise(self, noise: nn.Module | None, place: str) -> None:
-        """Put the arm's layer in; after the rest is initialised, so that all arms start from the same weights."""
+        """Put the arm's layer in; after the rest is initialized, so that all arms start from the same weights."""
         self.noise, self.place = noise, place
         if place == "stem" and noise is not None:
             stem_of(self.backbone)[0].register_forward_hook(self._behind_stem)
@@ -68,7 +68,7 @@ class Network(nn.Module):
     def _behind_stem(self, _module: nn.Module, _inputs: tuple, out: Tensor) -> Tensor:
         if self._keys is None:
             return out
-        if isinstance(self.backbone, VisionTransformer):  # timm gives [N, H, W, D] where sizes may change, else tokens
+        if isinstance(self.backbone, VisionTransformer):  # [N, H, W, D] where sizes may change, otherwise tokens
             return self.noise(out.reshape(len(out), -1, out.shape[-1]), self._keys).view(out.shape)
         return self.noise(out, self._keys)
 
@@ -95,7 +95,7 @@ def stem_of(backbone: nn.Module) -> tuple[nn.Module, int]:
         return backbone.patch_embed, backbone.embed_dim
     if hasattr(backbone, "act1") and hasattr(backbone, "bn1"):
         return backbone.act1, backbone.bn1.weight.numel()
-    raise UserError("noise behind the stem is for the MLP, ViTs and ResNets: choose another arm for this network")
+    raise UserError("noise after the stem needs an MLP, ViT or ResNet: choose another arm for this network")
 
 
 def make_noise(kind: str, backbone: nn.Module, *, p: float, sigma: float, patch: int) -> tuple[nn.Module | None, str]:
@@ -107,7 +107,7 @@ def make_noise(kind: str, backbone: nn.Module, *, p: float, sigma: float, patch:
             return Element(p), "input"
         case "channel":
             return Channel(p), "stem"
-        case "patch":  # tokens of a ViT are masked behind the patch projection, its positions are added later
+        case "patch":  # tokens of a ViT are masked after the patch projection; positions are added later
             return Patch(p, patch), "stem" if isinstance(backbone, VisionTransformer) else "input"
         case "head":
             return Element(p), "head"

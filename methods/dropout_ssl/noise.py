@@ -1,8 +1,8 @@
 """Noise layers whose every number is a pure function of (seed, stream, epoch, sample, copy).
 
-Each sample has a key, an int64 (`mask_keys`); entry j of its noise is a hash of (key, j). Nothing is drawn in sequence,
-so ranks, batch sizes, resumed runs and devices agree, and a mask that is to stay frozen is one whose key leaves the
-epoch out. A layer without keys is the identity: noise is on where somebody asks for it, not where `train()` was called.
+Each sample has a key, an int64 (`mask_keys`); entry j of its noise is a hash of (key, j). Nothing is sampled in
+sequence, so processes, batch sizes, resumed runs and devices agree, and a frozen mask is one whose key omits the epoch.
+A layer without keys is the identity: noise is enabled by keys, not by `train()`.
 
 x: [N, D] a table's rows or pooled features, [N, C, H, W] images or maps, [N, T, D] tokens; keys: int64 [N].
 """
@@ -52,7 +52,7 @@ def normal(keys: Tensor, count: int) -> Tensor:
 
 
 class Element(nn.Module):
-    """Dropout of single entries: x * mask / (1 - p). On standardised inputs a dropped entry is the mean, not absent."""
+    """Dropout of single entries: x * mask / (1 - p). On standardized inputs a dropped entry is the mean, not absent."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -76,7 +76,7 @@ class Element(nn.Module):
 
 
 class Channel(Element):
-    """SpatialDropout (Tompson et al. 2015, arXiv:1411.4280): whole channels of a map [N, C, H, W]."""
+    """SpatialDropout (Tompson et al. 2015, arXiv:1411.4280): entire channels of a map [N, C, H, W]."""
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
         if x.ndim != 4:
@@ -85,7 +85,7 @@ class Channel(Element):
 
 
 class Patch(Element):
-    """Whole positions: squares of `size` pixels of an image, in all channels; or whole tokens of [N, T, D]."""
+    """Dropout of positions: squares of `size` pixels of an image, in all channels; or entire tokens of [N, T, D]."""
 
     def __init__(self, p: float, size: int):
         super().__init__(p)
@@ -129,7 +129,7 @@ class Additive(nn.Module):
 class VAE(nn.Module):
     """z = mu + sigma(x) eps with mu = x, the layer's input: without noise the network is the plain backbone.
 
-    sigma is learnt: log sigma = W x + b per channel, W = 0 and sigma^2 = p / (1 - p) at the start, dropout's relative
+    sigma is learned: log sigma = W x + b per channel, W = 0 and sigma^2 = p / (1 - p) at the start, dropout's relative
     variance for inputs of unit scale. `kl` is KL(N(mu, sigma^2) || N(0, 1)) of the last noisy pass, summed over
     channels, averaged over positions and samples; `sigma` its mean sigma.
     """

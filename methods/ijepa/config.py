@@ -7,53 +7,38 @@ arXiv:2301.08243v3. Values marked "unverified" are quoted from memory of the pap
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ViTConfig, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ViTConfig, ImageConfig):
+    # ---- data: see common/config.py for the other settings
     data: str = "imagenet-1k"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 224
     """Side of an image in pixels. Code: 224, and 448 for the best one."""
     normalize: str = "imagenet-1k"
-    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code transforms.py: ImageNet's."""
+    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code transforms.py: ImageNet."""
 
     # ---- encoder
     backbone: str = "vit_base_patch16_224"
     """timm name of a ViT; it is built without class token. Paper App. A: ViT-B/16, L/16, H/14, H/16."""
-    patch_size: int = 0
-    """Side of a patch in pixels; 0: the backbone's own."""
-    width: int = 0
-    """Width of the encoder; 0: the backbone's own."""
-    depth: int = 0
-    """Blocks of the encoder; 0: the backbone's own."""
-    heads: int = 0
-    """Attention heads of the encoder; 0: the backbone's own."""
     patch_std: float = 0.02
-    """Std of the patch projection's first weights. Code: 0.02, for 768 numbers a patch; small patches need more beside
-    positions, whose std is 0.7 (not the paper's concern): 0.08 keeps the sum of 48 numbers as large."""
+    """Std of the patch projection's initial weights. Code: 0.02, for 768 numbers per patch; small patches need more
+    relative to positions, whose std is 0.7 (not in the paper): 0.08 keeps the sum of 48 numbers as large."""
     rescale_init: bool = False
     """Output matrices of block l start divided by sqrt(2 l). Code: written, but undone by helper.py init_model."""
 
     # ---- predictor
     predictor_dim: int = 384
-    """Width. Code: pred_emb_dim."""
+    """Width of the predictor. Code: pred_emb_dim."""
     predictor_depth: int = 6
-    """Blocks. Paper App. A: 6 for ViT-B (unverified; the code's default), 12 for L and H. Code: 12 for H."""
+    """Predictor blocks. Paper App. A: 6 for ViT-B (unverified; the code's default), 12 for L and H. Code: 12 for H."""
     predictor_heads: int = 0
-    """Attention heads; 0: as many as the encoder. Code helper.py."""
+    """Attention heads of the predictor; 0: as many as the encoder. Code helper.py."""
 
     # ---- masks
     blocks: int = 4
-    """Target blocks an image. Code: num_pred_masks."""
+    """Target blocks per image. Code: num_pred_masks."""
     target_scale: tuple[float, float] = (0.15, 0.2)
     """Area of a target block as a share of the image. Code: pred_mask_scale."""
     target_aspect: tuple[float, float] = (0.75, 1.5)
@@ -61,63 +46,53 @@ class Config(RunConfig):
     context_scale: tuple[float, float] = (0.85, 1.0)
     """Area of the square context block, before the targets are taken out. Code: enc_mask_scale."""
     min_keep: int = 10
-    """Context patches an image must have left. Code: min_keep, there of any block, so small grids hang."""
+    """Minimum number of context patches per image. Code: min_keep, applied to any block, so small grids hang."""
 
     # ---- loss and target encoder
     loss: Literal["smooth-l1", "l2"] = "smooth-l1"
-    """smooth-l1: code train.py. l2: paper equation 1."""
+    """Distance of features. smooth-l1: code train.py; l2: paper equation 1."""
     ema_momentum: float = 0.996
-    """Of the target encoder at the start. Code: ema."""
+    """Momentum of the target encoder at the first step. Code: ema."""
     ema_momentum_end: float = 1.0
-    """And at the end; linear in the step. Code: ema."""
+    """Momentum at the last step; linear in between. Code: ema."""
 
     # ---- view
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Area of the random crop; 1 1: the whole image. Code."""
+    """Area of the random crop; 1 1: the full image. Code."""
     flip: float = 0.0
-    """Probability of a left-right flip. Code: none, nor any colour or blur."""
+    """Probability of a left-right flip. Code: none, nor any color change or blur."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling of crops. Code: torchvision's default."""
 
-    # ---- optimisation
+    # ---- optimization
     epochs: int = 600
-    """Paper: 600 for ViT-B and L, 300 for H."""
+    """Passes over the training images. Paper: 600 for ViT-B and L, 300 for H."""
     batch_size: int = 2048
-    """Global batch in images, over all processes. Code: 128 on each of 16 GPUs."""
+    """Global batch size, over all processes. Code: 128 on each of 16 GPUs."""
     lr: float = 1e-3
-    """Peak rate of AdamW, as it is: no scaling by the batch. Code, for 2048 images."""
+    """Peak learning rate of AdamW, not scaled with the batch. Code, for 2048 images."""
     start_lr: float = 1e-4
-    """Rate at the start of the warm-up. Paper App. A (unverified); code for ViT-H: 2e-4."""
+    """Learning rate at the start of the warm-up. Paper App. A (unverified); code for ViT-H: 2e-4."""
     end_lr: float = 1e-6
-    """Rate at the end of the cosine. Code: final_lr."""
+    """Learning rate at the end of the cosine. Code: final_lr."""
     warmup_epochs: float = 15
     """Linear warm-up, by steps. Paper App. A (unverified); code for ViT-H: 40."""
     weight_decay: float = 0.04
-    """At the start. Not on biases, norms and other vectors. Code."""
+    """Weight decay at the first step. Not on biases, norms and other vectors. Code."""
     weight_decay_end: float = 0.4
-    """At the end. Code: along a cosine; paper: linear (unverified)."""
+    """Weight decay at the last step. Code: along a cosine; paper: linear (unverified)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW. Code: torch's defaults."""
+    """AdamW's betas. Code: torch's defaults."""
     schedule_scale: float = 1.0
-    """Schedules of rate, decay and momentum are made for this many times the run and cut off. Code ipe_scale: 1.0."""
+    """Stretch the schedules of rate, decay and momentum by this factor and cut them off. Code ipe_scale: 1.0."""
     micro_batch: int = 0
-    """Images per rank whose activations are held at once; 0: the whole batch. Exact: no term couples images."""
+    """Images per process whose activations are held at a time; 0: all of them. Exact: no term couples images."""
 
-    # ---- precision, randomness, report
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32. Code: bf16."""
+    # ---- evaluation
     compile: bool = False
     """torch.compile for the networks; context lengths change from step to step, so with dynamic shapes."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, masks and probes."""
     knn_every: int = 0
     """Epochs between online kNN evaluations of the target encoder (0: none)."""
-
-    def __post_init__(self):
-        for name in ("target_scale", "target_aspect", "context_scale", "crop_scale", "betas"):
-            setattr(self, name, tuple(getattr(self, name)))
 
 
 VIT_B = Config()
@@ -148,7 +123,11 @@ SHAPES = Config(
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, ViT of width 96 and depth 4: minutes on one core, to see I-JEPA learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, ViT of width 96 and depth 4: minutes on one core, to see I-JEPA learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=4),
+    ),
+    "shapes": ("embedded single shapes, ViT of width 96 and depth 4, 8 epochs", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(
@@ -184,7 +163,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "cifar10-vit": (
-        "CIFAR-10, ViT-Ti with patches of 4 px, batch 1024, 400 epochs; nobody's published recipe",
+        "CIFAR-10, ViT-Ti with patches of 4 px, batch 1024, 400 epochs; not a published recipe",
         Config(
             data="cifar10",
             image_size=32,
@@ -234,20 +213,16 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
 _PAPER = "arXiv:2301.08243v3 Table 1"
 _PROBE = "average-pooled patches of the last layer, or of the last four side by side"
 
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "imagenette-vits": [
-        _published(33.2, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs"),
-        _published(34.0, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
+        published(33.2, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs"),
+        published(34.0, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
     ],
-    "imagenet-vitb": [_published(72.9, "linear-augmented", _PAPER, f"600 epochs; {_PROBE}; unverified")],
-    "imagenet-vitl": [_published(77.5, "linear-augmented", _PAPER, f"600 epochs; {_PROBE}; unverified")],
-    "imagenet-vith": [_published(79.3, "linear-augmented", _PAPER, f"300 epochs; {_PROBE}; unverified")],
+    "imagenet-vitb": [published(72.9, "linear-augmented", _PAPER, f"600 epochs; {_PROBE}; unverified")],
+    "imagenet-vitl": [published(77.5, "linear-augmented", _PAPER, f"600 epochs; {_PROBE}; unverified")],
+    "imagenet-vith": [published(79.3, "linear-augmented", _PAPER, f"300 epochs; {_PROBE}; unverified")],
 }

@@ -3,23 +3,23 @@
 import torch
 from torch import Tensor
 
-from eval.report import image_tag
+from common.html import image_tag
 
 from .masking import BlockMasks
 
-GREY = 128  # of a patch that is not shown
+GRAY = 128  # value of hidden patches
 
 
 def shown(image: Tensor, ids: Tensor, masks: BlockMasks) -> Tensor:
-    """The image uint8 [3, S, S] with all patches grey but `ids`."""
+    """The image uint8 [3, S, S] with all patches gray but `ids`."""
     visible = torch.zeros(masks.rows * masks.columns, dtype=torch.bool).index_fill(0, ids, True)
     patch = image.shape[1] // masks.rows
     visible = visible.view(masks.rows, masks.columns).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    return torch.where(visible, image, torch.tensor(GREY, dtype=torch.uint8))
+    return torch.where(visible, image, torch.tensor(GRAY, dtype=torch.uint8))
 
 
 def mask_section(store, size: int, masks: BlockMasks, seed: int, count: int = 6) -> list[tuple[str, str]]:
-    """(title, HTML). Every image has a draw of its own, as if it came from another step, so block sizes differ too."""
+    """(title, HTML). Masks are sampled per image, as if it came from another step, so block sizes differ too."""
     images = store.eval_images(0, min(count, len(store)), size).cpu()
     rows = []
     for i, image in enumerate(images):
@@ -31,6 +31,6 @@ def mask_section(store, size: int, masks: BlockMasks, seed: int, count: int = 6)
         rows.append(f'<div class="sample">{"".join(tags)}</div>')
     text = (
         f"Test images, framed; what the context encoder sees; the {masks.blocks} target blocks. Targets are shown as "
-        "pixels, but predicted are the target encoder's features of these patches, made from the whole image."
+        "pixels, but the prediction is of the target encoder's features of these patches, computed from the full image."
     )
     return [("Context and targets", f'<p class="muted">{text}</p><div class="samples">{"".join(rows)}</div>')]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.distributed import all_reduce, world_size
 from common.vit import take
 
 
 @torch.no_grad()
-def normalised(tokens: Tensor) -> Tensor:
+def normalize(tokens: Tensor) -> Tensor:
     """The target encoder's output [n, L, D] with mean 0 and variance 1 over the D features of every patch, float32
     (float64 stays): a LayerNorm without weights (code train.py), so that no scale can shrink to make the loss small."""
     tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
@@ -22,7 +23,7 @@ def normalised(tokens: Tensor) -> Tensor:
 
 
 def blocks_of(tokens: Tensor, targets: Tensor) -> Tensor:
-    """Features [n, L, D] of the whole image at the patches `targets` [n, M, T] of its blocks: [n, M, T, D]."""
+    """Features [n, L, D] of the full image at the patches `targets` [n, M, T] of its blocks: [n, M, T, D]."""
     return take(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
 
 
@@ -32,7 +33,7 @@ def prediction_error(predictions: Tensor, goals: Tensor, kind: str) -> Tensor:
     "smooth-l1": |e| - 1/2 beyond 1, e^2 / 2 below, averaged over everything (code train.py).
     "l2": squared distance, the paper's equation 1 divided by T D: its mean over the M blocks of a sum over patches and
     features has the same direction, and AdamW's steps do not depend on a constant factor.
-    All images have equally many target patches, so the mean over ranks is the loss of the whole batch.
+    All images have equally many target patches, so the mean over processes is the loss of the global batch.
     """
     goals = goals.detach()
     with torch.autocast(goals.device.type, enabled=False):
@@ -42,21 +43,23 @@ def prediction_error(predictions: Tensor, goals: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def moments(predictions: Tensor, goals: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `health` needs of a micro-batch: the mean squared error, and the sums over its images of `goals`, the
-    `normalised` tokens [m, L, D], and of their squares, [L, D] each."""
+    """What `signals` needs of a micro-batch: the mean squared error, and the sums over its images of `goals`, the
+    `normalize`d tokens [m, L, D], and of their squares, [L, D] each."""
     error = (predictions.to(goals.dtype) - blocks_of(goals, targets)).square().mean()
     return error, goals.sum(0), goals.square().sum(0)
 
 
 @torch.no_grad()
-def health(parts: Sequence[tuple[Tensor, Tensor, Tensor]], targets: Tensor) -> dict[str, Tensor]:
+def signals(parts: Sequence[tuple[Tensor, Tensor, Tensor]], targets: Tensor) -> dict[str, Tensor]:
     """relative_error: squared error of the predictions over that of the best answer which ignores the image, the mean
-    of the batch at the same place. target_std: spread of the targets over images at one place, 1 at most, 0: collapse.
+    of the batch at the same patch. target_std: spread of the targets over images at one patch, 1 at most, 0: collapse.
 
-    parts: `moments` of each micro-batch, all equally large; targets [n, M, T] of the whole batch, as the spread is.
+    parts: `moments` of each micro-batch, all equally large; targets [n, M, T] of this process. The spread is over the
+    images of all processes.
     """
-    error, total, squares = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
-    n = len(targets)
+    error, total, squares = (all_reduce(torch.stack(values).sum(0)) for values in zip(*parts, strict=True))
+    n = len(targets) * world_size()
     spread = (squares / n - (total / n).square()).clamp_min(0).mean(-1)  # [L], over images
-    relative = error / len(parts) / spread[targets].mean().clamp_min(1e-12)
+    of_targets = all_reduce(spread[targets].mean())
+    relative = error / len(parts) / of_targets.clamp_min(1e-12)
     return {"relative_error": relative, "target_std": spread.mean().sqrt()}

@@ -38,8 +38,8 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Tokens of the context [n, C, D] at patches `context` [n, C] -> features at `targets` [n, M, T]: [n, M, T, D].
 
-    Every target block is a pass of its own, in which a shared mask token with the positions of its T patches stands
-    behind the context: blocks of one image do not see each other.
+    Every target block is a separate pass, in which a shared mask token with the positions of its T patches follows the
+    context: blocks of one image do not see each other.
     """
 
     def __init__(self, width: int, grid: tuple[int, int], *, dim: int, depth: int, heads: int):
@@ -84,14 +84,14 @@ class IJEPA(nn.Module):
         heads = predictor_heads or backbone.blocks[0].attn.num_heads
         sizes = dict(dim=predictor_dim, depth=predictor_depth, heads=heads)
         self.predictor = Predictor(backbone.embed_dim, backbone.patch_embed.grid_size, **sizes)
-        self._initialise(patch_std, rescale_init)
+        self._initialize(patch_std, rescale_init)
 
     @torch.no_grad()
-    def _initialise(self, patch_std: float, rescale: bool) -> None:
+    def _initialize(self, patch_std: float, rescale: bool) -> None:
         """Code vision_transformer.py: normal of std 0.02 for matrices, patch projection and mask token, biases 0.
 
         rescale: the two output matrices of block l = 1, 2 ... divided by sqrt(2 l). The code does so too, but then
-        helper.py draws all matrices again, so the published networks started without.
+        helper.py initializes all matrices again, so the published networks were not rescaled.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -7,104 +7,75 @@ reproduction IcarusWizard/MAE.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ViTConfig, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ViTConfig, ImageConfig):
+    # ---- data: see common/config.py for the other settings
     data: str = "imagenet-1k"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 224
     """Side of an image in pixels. Paper Table 8."""
     normalize: str = "imagenet-1k"
-    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code: ImageNet's."""
+    """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code: ImageNet."""
 
     # ---- encoder
     backbone: str = "vit_base_patch16_224"
     """timm name of a ViT with CLS token. Paper App. A.1: ViT-B/16, L/16, H/14."""
-    patch_size: int = 0
-    """Side of a patch in pixels; 0: the backbone's own."""
-    width: int = 0
-    """Width of the encoder; 0: the backbone's own."""
-    depth: int = 0
-    """Blocks of the encoder; 0: the backbone's own."""
-    heads: int = 0
-    """Attention heads of the encoder; 0: the backbone's own."""
-    learnt_positions: bool = False
-    """Learnt positions in encoder and decoder, not fixed sin-cos ones. Paper App. A.1: sin-cos; Icarus: learnt."""
-    init: str = ""
-    """Weights to start from: an official .pth (encoder, or encoder and decoder) or a .safetensors of a timm ViT."""
+    learned_positions: bool = False
+    """Learned positions in encoder and decoder, not fixed sin-cos ones. Paper App. A.1: sin-cos; Icarus: learned."""
 
     # ---- decoder
     decoder_dim: int = 512
-    """Width. Paper Table 1b."""
+    """Width of the decoder. Paper Table 1b."""
     decoder_depth: int = 8
-    """Blocks. Paper Table 1a."""
+    """Blocks of the decoder. Paper Table 1a."""
     decoder_heads: int = 16
-    """Attention heads. Code models_mae.py."""
+    """Attention heads of the decoder. Code models_mae.py."""
 
     # ---- masks and targets
     mask_ratio: float = 0.75
     """Share of patches removed. Paper Figure 5."""
     masking: Literal["random", "block", "grid", "window"] = "random"
-    """Which patches. Paper Table 1f: random is best; window: as many in every cell (UM-MAE, arXiv:2205.10063)."""
+    """Mask sampling. Paper Table 1f: random is best; window: equally many in every cell (UM-MAE, arXiv:2205.10063)."""
     mask_window: int = 2
     """Side of a cell of grid and window masks, in patches. Paper Figure 6: 2."""
     norm_pix: bool = True
-    """Predict each patch normalised by its own mean and variance. Paper Table 1d, code PRETRAIN.md."""
+    """Predict each patch normalized by its mean and variance. Paper Table 1d, code PRETRAIN.md."""
 
     # ---- view
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the random crop; 1 1: the whole image. Code: 0.2 to 1."""
+    """Area of the random crop; 1 1: the full image. Code: 0.2 to 1."""
     flip: float = 0.5
     """Probability of a left-right flip. Code."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling of crops. Code: bicubic."""
 
-    # ---- optimisation
+    # ---- optimization
     epochs: int = 800
-    """Paper App. A.1, code PRETRAIN.md; the best runs have 1600."""
+    """Passes over the training images. Paper App. A.1, code PRETRAIN.md; the best runs have 1600."""
     batch_size: int = 4096
-    """Global batch in images, over all processes. Paper Table 8."""
+    """Global batch size, over all processes. Paper Table 8."""
     base_lr: float = 1.5e-4
-    """Peak rate per 256 images (linear rule). Paper Table 8. The code's default without its script is 1e-3."""
+    """Peak learning rate per 256 images (linear rule). Paper Table 8. The code's own default is 1e-3."""
     warmup_epochs: float = 40
     """Linear warm-up from 0, by steps. Paper Table 8."""
     weight_decay: float = 0.05
-    """Not on biases and norms; on CLS and mask token (code: tensors with one dimension are free). Paper Table 8."""
+    """Weight decay, not on biases and norms, but on CLS and mask token (code: 1-D tensors excluded). Paper Table 8."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW. Paper Table 8."""
+    """AdamW's betas. Paper Table 8."""
     micro_batch: int = 0
-    """Images per rank whose activations are held at once; 0: the whole batch. Exact: no term couples images."""
+    """Images per process whose activations are held at a time; 0: all of them. Exact: no term couples images."""
 
-    # ---- precision, randomness, report
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32. Code: fp16."""
-    compile: bool = False
-    """torch.compile for the network."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views, masks and probes."""
+    # ---- evaluation
     knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none). It stays low: MAE is judged by fine-tuning."""
-    lowshot: str = ""
-    """Labels of the fine-tuning at the end, in `eval`'s form (10%, 5000 or both); default: none, it takes long."""
+    """Epochs between online kNN evaluations (0: none). kNN stays low: MAE is judged by fine-tuning."""
+    lowshot: tuple[str, ...] = ()
+    """Labels for fine-tuning at the end, in `eval`'s form (10%, 5000 or both); default: none, it takes long."""
     lowshot_epochs: int = 100
-    """Its epochs. The baselines, random weights, get as many and three times as many."""
+    """Epochs of that fine-tuning. The baseline, random weights, gets as many and three times as many."""
     report_ratios: tuple[float, ...] = (0.5, 0.75, 0.9)
     """Mask ratios of the reconstructions in the report. Paper Figure 4: 75, 85, 95 %."""
-
-    def __post_init__(self):
-        for name in ("crop_scale", "betas", "report_ratios"):
-            setattr(self, name, tuple(getattr(self, name)))
 
 
 VIT_B = Config()
@@ -116,7 +87,7 @@ CIFAR10_P2 = Config(
     normalize="shapes",
     backbone="vit_tiny_patch16_224",
     patch_size=2,
-    learnt_positions=True,
+    learned_positions=True,
     decoder_dim=192,
     decoder_depth=4,
     decoder_heads=3,
@@ -150,13 +121,17 @@ SHAPES = Config(
     batch_size=128,
     base_lr=3e-3,
     warmup_epochs=2,
-    lowshot="10%",
+    lowshot=("10%",),
     lowshot_epochs=40,
     save_every=500,
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "quickstart": ("embedded shapes, ViT of width 96 and depth 4: minutes on two cores, to see MAE learn", SHAPES),
+    "quickstart": (
+        "embedded pairs of shapes, ViT of width 96 and depth 4: minutes on two cores, to see MAE learn",
+        replace(SHAPES, data="pairs", normalize="pairs", epochs=10),
+    ),
+    "shapes": ("embedded single shapes, ViT of width 96 and depth 4, 40 epochs", SHAPES),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(
@@ -170,7 +145,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             batch_size=64,
             base_lr=2e-2,
             warmup_epochs=1,
-            lowshot="",
+            lowshot=(),
             log_every=2,
             save_every=4,
         ),
@@ -185,12 +160,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
             batch_size=256,
             base_lr=1.5e-3,
             warmup_epochs=2,
-            lowshot="5000",
+            lowshot=("5000",),
             lowshot_epochs=30,
         ),
     ),
     "cifar10-vit": (
-        "CIFAR-10, ViT-Ti with patches of 4 px, batch 1024, 400 epochs; nobody's published recipe",
+        "CIFAR-10, ViT-Ti with patches of 4 px, batch 1024, 400 epochs; not a published recipe",
         Config(
             data="cifar10",
             image_size=32,
@@ -232,26 +207,22 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "cifar10-vit-p2": [
-        _published(89.77, "finetune", "IcarusWizard/MAE README", "from scratch 74.13; original pixels"),
+        published(89.77, "finetune", "IcarusWizard/MAE README", "from scratch 74.13; original pixels"),
     ],
     "imagenette-vits": [
-        _published(72.1, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs, best epoch on test"),
-        _published(84.1, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
-        _published(61.0, "knn-20-0.07", "lightly Imagenette benchmark", "800 epochs, 128 px, best epoch on test"),
+        published(72.1, "knn-20-0.07", "stable-pretraining Imagenette", "200 epochs, best epoch on test"),
+        published(84.1, "linear-augmented", "stable-pretraining Imagenette", "200 epochs, online, best epoch on test"),
+        published(61.0, "knn-20-0.07", "lightly Imagenette benchmark", "800 epochs, 128 px, best epoch on test"),
     ],
     "imagenet-vitb": [
-        _published(83.6, "finetune", "facebookresearch/mae README", "1600 epochs"),
-        _published(68.0, "linear-augmented", "arXiv:2111.06377v3", "1600 epochs; released code: 67.8"),
+        published(83.6, "finetune", "facebookresearch/mae README", "1600 epochs"),
+        published(68.0, "linear-augmented", "arXiv:2111.06377v3", "1600 epochs; released code: 67.8"),
     ],
     "imagenet-vitl": [
-        _published(85.4, "finetune", "arXiv:2111.06377v3 Table 1d", "800 epochs, normalised pixels"),
-        _published(73.9, "linear-augmented", "arXiv:2111.06377v3 Table 1d", "800 epochs, normalised pixels"),
+        published(85.4, "finetune", "arXiv:2111.06377v3 Table 1d", "800 epochs, normalized pixels"),
+        published(73.9, "linear-augmented", "arXiv:2111.06377v3 Table 1d", "800 epochs, normalized pixels"),
     ],
 }

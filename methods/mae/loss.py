@@ -1,4 +1,4 @@
-"""MAE's targets and loss (arXiv:2111.06377, section 3): pixels of the masked patches, normalised patch by patch.
+"""MAE's targets and loss (arXiv:2111.06377, section 3): pixels of the masked patches, normalized patch by patch.
 
 N images of L patches; p: side of a patch in pixels; P = 3 p^2 numbers a patch; mask: [N, L], True where removed.
 """
@@ -27,8 +27,8 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_targets(images: Tensor, p: int, norm_pix: bool) -> Tensor:
-    """What is to be predicted, [N, L, P] in float32 (float64 stays): pixels, or with `norm_pix` each patch's own mean 0
-    and variance 1. To see normalised predictions as pixels, multiply by and add the `patch_statistics` of the image."""
+    """Prediction targets, [N, L, P] in float32 (float64 stays): pixels, or with `norm_pix` each patch shifted to mean 0
+    and variance 1. To see normalized predictions as pixels, multiply by and add the `patch_statistics` of the image."""
     patches = patchify(images if images.dtype == torch.float64 else images.float(), p)
     if norm_pix:
         mean, std = patch_statistics(patches)
@@ -39,7 +39,7 @@ def make_targets(images: Tensor, p: int, norm_pix: bool) -> Tensor:
 def masked_error(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """The loss: mean squared error over the P numbers of a patch, averaged over the removed patches; scalar, float32.
 
-    Each image has the same number of removed patches, so the mean over ranks is the loss of the whole batch.
+    Each image has the same number of removed patches, so the mean over processes is the loss of the global batch.
     """
     with torch.autocast(targets.device.type, enabled=False):
         error = (predictions.to(targets.dtype) - targets).square().mean(-1)  # [N, L]
@@ -49,7 +49,7 @@ def masked_error(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 def visible_mean_error(targets: Tensor, mask: Tensor) -> Tensor:
     """`masked_error` of the best constant a network could give without looking at structure: for every removed patch
     each channel's mean over the image's visible patches (of the targets, so about 0 with norm_pix)."""
-    colours = targets.unflatten(-1, (-1, 3))  # [N, L, p^2, 3]
+    colors = targets.unflatten(-1, (-1, 3))  # [N, L, p^2, 3]
     seen = (~mask).to(targets.dtype)[:, :, None, None]
-    mean = (colours * seen).sum((1, 2), keepdim=True) / (seen.sum((1, 2), keepdim=True) * colours.shape[2])
-    return masked_error(mean.expand_as(colours).flatten(-2), targets, mask)
+    mean = (colors * seen).sum((1, 2), keepdim=True) / (seen.sum((1, 2), keepdim=True) * colors.shape[2])
+    return masked_error(mean.expand_as(colors).flatten(-2), targets, mask)

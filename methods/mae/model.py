@@ -18,7 +18,7 @@ class Decoder(nn.Module):
     """Tokens of the visible patches -> P numbers for every patch. [N, 1 + keep, D], [N, L] -> [N, L, P]."""
 
     def __init__(
-        self, width: int, grid: tuple[int, int], numbers: int, *, dim: int, depth: int, heads: int, learnt: bool
+        self, width: int, grid: tuple[int, int], numbers: int, *, dim: int, depth: int, heads: int, learned: bool
     ):
         super().__init__()
         if dim % heads:
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if learnt:
+        if learned:
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + grid[0] * grid[1], dim), std=0.02))
         else:
             positions = F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None]  # the CLS token's is zero
@@ -40,13 +40,13 @@ class Decoder(nn.Module):
         cls, visible = x[:, :1], x[:, 1:]
         missing = restore.shape[1] - visible.shape[1]
         masks = self.mask_token.to(x.dtype).expand(len(x), missing, -1)
-        patches = take(torch.cat([visible, masks], 1), restore)  # [N, L, dim], every token in its place
+        patches = take(torch.cat([visible, masks], 1), restore)  # [N, L, dim], every token at its position
         x = torch.cat([cls, patches], 1) + self.pos_embed
         return self.predict(self.norm(self.blocks(x)))[:, 1:]
 
 
 class MAE(nn.Module):
-    """Encoder (`backbone`, a timm ViT with CLS token) and decoder, initialised as the paper's code does.
+    """Encoder (`backbone`, a timm ViT with CLS token) and decoder, initialized as the paper's code does.
 
     forward(images [N, 3, H, W], noise [N, L], keep) -> predictions [N, L, P], mask [N, L] (True: removed), encoder
     tokens [N, 1 + keep, D].
@@ -59,20 +59,20 @@ class MAE(nn.Module):
         decoder_dim: int,
         decoder_depth: int,
         decoder_heads: int,
-        learnt_positions: bool = False,
+        learned_positions: bool = False,
     ):
         super().__init__()
         if not isinstance(backbone, VisionTransformer) or backbone.num_prefix_tokens != 1 or backbone.no_embed_class:
             raise UserError("MAE needs a plain ViT of timm with a CLS token and no registers: --backbone vit_...")
         self.backbone = backbone
         self.patch = backbone.patch_embed.patch_size[0]
-        sizes = dict(dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, learnt=learnt_positions)
+        sizes = dict(dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, learned=learned_positions)
         self.decoder = Decoder(backbone.embed_dim, backbone.patch_embed.grid_size, 3 * self.patch**2, **sizes)
-        if not learnt_positions:
+        if not learned_positions:
             fix_sincos_positions(backbone)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Code models_mae.py: Xavier for every matrix, the patch projection as a matrix [D, P]; tokens N(0, 0.02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

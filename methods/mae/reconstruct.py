@@ -1,4 +1,4 @@
-"""What the network makes of images it sees a part of: a section of the report (paper Figures 2 to 4)."""
+"""Reconstructions of partly masked images: a section of the report (paper Figures 2 to 4)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +8,24 @@ from torch import Tensor
 from torchvision.io import encode_png, read_image
 
 from common.backbones import BackboneSpec
+from common.files import write_atomic
+from common.html import image_tag, table
 from common.rng import generator
-from eval.features import normaliser
-from eval.report import image_tag, table
+from eval.features import normalizer
 
 from .loss import make_targets, masked_error, patch_statistics, patchify, unpatchify, visible_mean_error
 from .masking import Masking, keep_count, mask_noise
 from .model import MAE
 
-GREY = 0.5  # of a removed patch
+GRAY = 0.5  # value of removed patches
 
 
 @torch.no_grad()
 def reconstruct(model: MAE, images: Tensor, noise: Tensor, keep: int, norm_pix: bool) -> tuple[Tensor, Tensor]:
     """(mask [N, L], images [N, 3, H, W] whose removed patches are predicted and whose visible ones are their own).
 
-    images: normalised, as the network gets them, and so is the result. A network trained on normalised patches says
-    nothing of a patch's mean and contrast: predictions get those of the true patch.
+    images: normalized, as the network gets them, and so is the result. A network trained on normalized patches does
+    not predict a patch's mean and contrast: predictions get those of the true patch.
     """
     predictions, mask, _ = model(images, noise, keep)
     patches = patchify(images, model.patch)
@@ -37,7 +38,7 @@ def reconstruct(model: MAE, images: Tensor, noise: Tensor, keep: int, norm_pix: 
 
 @dataclass
 class Gallery:
-    """The same test images under the same masks, again and again: PNG strips on the way, the report's section at the
+    """The same test images under the same masks throughout training: PNG strips on the way, the report's section at the
     end. Masks depend on `seed` alone, and so the files of a resumed run are those of one never interrupted."""
 
     directory: Path
@@ -54,34 +55,32 @@ class Gallery:
     def __post_init__(self):
         self.count = min(self.count, len(self.store))
         images = self.store.eval_images(0, self.count, self.spec.image_size)
-        self.images = normaliser(self.spec.mean, self.spec.std, self.device)(images)
+        self.images = normalizer(self.spec.mean, self.spec.std, self.device)(images)
 
     def _noise(self, model: MAE, count: int) -> Tensor:
         grid, stream = model.backbone.patch_embed.grid_size, generator(self.seed, "report-mask")
         return mask_noise(self.masking, count, *grid, stream, self.window).to(self.device)
 
     def _pictures(self, model: MAE, ratio: float) -> tuple[Tensor, Tensor]:
-        """uint8 [count, 3, S, S]: what the network sees, and what it makes of it."""
+        """uint8 [count, 3, S, S]: what the network sees, and its reconstructions."""
         p, noise = model.patch, self._noise(model, self.count)
         mask, images = reconstruct(model, self.images, noise, keep_count(noise.shape[1], ratio), self.norm_pix)
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.spec.mean, self.spec.std))
-        seen = patchify(self.images * std + mean, p).masked_fill(mask[..., None], GREY)
+        seen = patchify(self.images * std + mean, p).masked_fill(mask[..., None], GRAY)
         both = (unpatchify(seen, p, images.shape[2] // p), images * std + mean)
         return tuple((255 * x.clamp(0, 1)).round().to(torch.uint8).cpu() for x in both)
 
     def snapshot(self, model: MAE, step: int) -> None:
         """Write the reconstructions after `step` updates side by side into reconstructions/step-NNNNNNNN.png."""
-        path = self.directory / f"step-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         strip = torch.cat(list(self._pictures(model, self.mask_ratio)[1]), dim=2)  # [3, S, count * S]
-        aside = path.with_suffix(".tmp")
-        aside.write_bytes(encode_png(strip).numpy().tobytes())
-        aside.replace(path)
+        write_atomic(self.directory / f"step-{step:08d}.png", encode_png(strip).numpy().tobytes())
 
     def _snapshots(self) -> dict[int, list[Tensor]]:
         size = self.spec.image_size
-        strips = {int(path.stem.removeprefix("step-")): read_image(str(path))
-                  for path in sorted(self.directory.glob("step-*.png"))}  # fmt: skip
+        strips = {
+            int(path.stem.removeprefix("step-")): read_image(str(path))
+            for path in sorted(self.directory.glob("step-*.png"))
+        }
         return {step: list(strip.split(size, dim=2)) for step, strip in strips.items()}
 
     @torch.no_grad()
@@ -93,7 +92,7 @@ class Gallery:
         for start in range(0, count, batch):
             stop = min(start + batch, count)
             images = self.store.eval_images(start, stop, self.spec.image_size)
-            images = normaliser(self.spec.mean, self.spec.std, self.device)(images)
+            images = normalizer(self.spec.mean, self.spec.std, self.device)(images)
             predictions, mask, _ = model(images, noise[start:stop], keep)
             targets = make_targets(images, model.patch, self.norm_pix)
             pair = masked_error(predictions, targets, mask), visible_mean_error(targets, mask)
@@ -115,13 +114,13 @@ class Gallery:
         shares = ", ".join(f"{100 * ratio:g} %" for ratio in ratios)
         text = (
             f"Test images, framed; then, for {shares} of the patches removed ({self.masking} masks), what the encoder "
-            "sees and the reconstruction of the grey patches. Trained at "
-            f"{100 * self.mask_ratio:g} %. Visible patches are shown as they are: they get no loss."
+            "sees and the reconstruction of the gray patches. Trained at "
+            f"{100 * self.mask_ratio:g} %. Visible patches are shown unchanged: they get no loss."
         )
         if self.norm_pix:
             text += (
-                " Trained on normalised patches, so each predicted patch is shown with the mean and the contrast of "
-                "the true one, which the network was not asked for."
+                " Trained on normalized patches, so each predicted patch is shown with the mean and the contrast of "
+                "the true one, which the network does not predict."
             )
         errors = {ratio: self.errors(model, ratio) for ratio in ratios}
         cells = [(f"{100 * r:g} %", f"{a:.4g}", f"{b:.4g}", f"{a / b:.2f}") for r, (a, b) in errors.items()]

@@ -1,6 +1,6 @@
 """NT-Xent (SimCLR, arXiv:2002.05709, eq. 1) over the global batch, without a [2B, 2B] matrix in memory.
 
-B: global batch in images; n = B / ranks; z: projections, [n, D] per view and rank.
+B: global batch in images; n = B / processes; z: projections, [n, D] per view and process.
 """
 
 import torch
@@ -13,13 +13,14 @@ from common.distributed import all_gather, rank
 def nt_xent(
     z1: Tensor, z2: Tensor, temperature: float, *, decoupled: bool = False, chunk: int = 1024
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over this rank's 2n rows of -log softmax of the positive among the other 2B - 1 projections.
+    """Mean over this process's 2n rows of -log softmax of the positive among the other 2B - 1 projections.
 
-    z1, z2: [n, D], the two views' projections in the same order; normalised here, computed in float32 (float64 stays).
+    z1, z2: [n, D], the two views' projections in the same order; normalized here, computed in float32 (float64 stays).
     decoupled: leave the positive out of the denominator (Yeh et al. 2021, arXiv:2110.06848, eq. 6).
     Returns the loss and its detached parts: `alignment` (mean positive similarity / temperature), `log_sum_exp` (mean
-    log denominator; loss = log_sum_exp - alignment) and `retrieval` (share of rows whose positive is the nearest).
-    Chance level of the loss: ln(2B - 1). The mean over ranks, and of the gradients, is that of one rank with 2B rows.
+    log denominator; loss = log_sum_exp - alignment) and `retrieval` (share of rows whose positive is the nearest; a tie
+    is a miss).
+    Chance level of the loss: ln(2B - 1). Averaged over processes, loss and gradients equal one process's with 2B rows.
     """
     n = len(z1)
     with torch.autocast(z1.device.type, enabled=False):
@@ -46,14 +47,14 @@ class _NTXent(torch.autograd.Function):
         count = len(rows)
         d_rows, d_columns = torch.empty_like(rows), torch.zeros_like(columns)
         alignment, lse, hits = rows.new_zeros(()), rows.new_zeros(()), rows.new_zeros(())
-        scale = 1 / (temperature * count)
+        scale, tie = 1 / (temperature * count), 1e-5 / temperature  # float32 rounds similarities by less
         for start in range(0, count, chunk):
             q = rows[start : start + chunk]
             own, positive = self_index[start : start + chunk, None], positive_index[start : start + chunk, None]
             s = q @ columns.T  # [c, 2B]
             s.div_(temperature).scatter_(1, own, -torch.inf)
             aligned = s.gather(1, positive)
-            hits += (aligned >= s.amax(1, keepdim=True)).sum()
+            hits += ((s > aligned - tie).sum(1) == 1).sum()  # the positive alone
             if decoupled:
                 s.scatter_(1, positive, -torch.inf)
             log_denominator = s.logsumexp(1, keepdim=True)

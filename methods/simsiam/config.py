@@ -6,38 +6,23 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ResNetConfig, Stem, published
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ResNetConfig, ImageConfig):
+    # ---- data and network: see common/config.py for the other settings
     data: str = "cifar10"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 32
     """Side of a view in pixels. Paper App. D: 32 for CIFAR-10; code: 224 for ImageNet."""
     normalize: str = "cifar10"
-    """Mean and std of the inputs: none, or those of shapes, cifar10, imagenet-1k ... Code: ImageNet's for ImageNet."""
-
-    # ---- network
+    """Mean and std of the inputs: none, or those of shapes, cifar10, imagenet-1k ... Code: ImageNet."""
     backbone: str = "resnet18"
     """timm name. Paper App. D: ResNet-18 for CIFAR-10; section 3: ResNet-50."""
-    stem: Literal["timm", "cifar"] = "cifar"
+    stem: Stem = "cifar"
     """cifar: 3x3 convolution, stride 1, no max-pool (paper App. D: "the CIFAR variant")."""
-    layers: tuple[int, ...] = ()
-    """Blocks per stage of a ResNet; default: timm's."""
-    channels: tuple[int, ...] = ()
-    """Width per stage of a ResNet; default: timm's."""
-    stem_width: int = 64
-    """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
     sync_bn: bool = True
-    """BatchNorm over all ranks (paper section 3)."""
+    """BatchNorm statistics over all processes (paper section 3)."""
     projector: tuple[int, ...] = (2048, 2048)
     """Widths of the projector's linear layers. Paper section 3: three layers; App. D: two for CIFAR-10; 2048-d."""
     predictor_hidden: int = 512
@@ -52,22 +37,22 @@ class Config(RunConfig):
     # ---- views
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of a random crop. Paper section 3, code."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     """Strengths of brightness, contrast, saturation and hue, applied with p = 0.8. Paper section 3, code."""
-    grey: float = 0.2
-    """Probability of greyscale. Paper section 3, code."""
+    grayscale: float = 0.2
+    """Probability of grayscale. Paper section 3, code."""
     blur: float = 0.0
     """Probability of Gaussian blur, sigma 0.1 to 2. Paper App. D: none on CIFAR-10; section 3, code: 0.5."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling of crops. Code: torchvision's default."""
 
-    # ---- optimisation
+    # ---- optimization
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     """Paper section 3 and code: SGD, and no need of LARS. lars and adamw are for narrow networks."""
     epochs: int = 800
     """Paper App. D: 800 on CIFAR-10; code: 100 on ImageNet."""
     batch_size: int = 512
-    """Global batch in images, over all processes. Paper section 3 and App. D, code."""
+    """Global batch size, over all processes. Paper section 3 and App. D, code."""
     base_lr: float = 0.03
     """Rate per 256 images. Paper App. D: 0.03 on CIFAR-10; section 3, code: 0.05 on ImageNet."""
     fix_predictor_lr: bool = True
@@ -78,25 +63,7 @@ class Config(RunConfig):
     weight_decay: float = 5e-4
     """With SGD on all parameters, biases and norms too. Paper App. D: 5e-4 on CIFAR-10; section 3, code: 1e-4."""
     momentum: float = 0.9
-    """Of SGD. Paper section 3, code."""
-
-    # ---- memory, precision, randomness
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: the same gradient in less memory, BatchNorm included."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. The loss is always float32."""
-    compile: bool = False
-    """torch.compile for backbone and colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        for name in ("layers", "channels", "projector", "crop_scale", "jitter"):
-            setattr(self, name, tuple(getattr(self, name)))
+    """Optimizer momentum (SGD, LARS). Paper section 3, code."""
 
 
 # 4.2 million multiply-adds a 32-px view: two views of hundreds of images a second train on two cores.
@@ -117,10 +84,12 @@ SHAPES = Config(
     data="shapes",
     normalize="shapes",
     crop_scale=(0.3, 1.0),
-    jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes colour would otherwise solve the task
+    color_jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes color would otherwise solve the task
     epochs=30,
     save_every=200,
 )
+
+SHAPES_ADAMW = replace(SHAPES, projector=(64, 64), predictor_hidden=32, optimizer="adamw", base_lr=4e-3)
 
 IMAGENET_R50 = Config(
     data="imagenet-1k",
@@ -137,9 +106,10 @@ IMAGENET_R50 = Config(
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
-        "embedded shapes, 4 MMAC ResNet: minutes on two cores; does not learn the figures, see README",
-        replace(SHAPES, projector=(64, 64), predictor_hidden=32, optimizer="adamw", base_lr=4e-3),
+        "embedded pairs of shapes, 4 MMAC ResNet: minutes on two cores, to see SimSiam learn",
+        replace(SHAPES_ADAMW, data="pairs", normalize="pairs", epochs=20),
     ),
+    "shapes": ("embedded single shapes, 4 MMAC ResNet: a task with easier answers than the shape", SHAPES_ADAMW),
     "smoke": (
         "a few seconds on a CPU: what the tests run",
         replace(SHAPES, limit=256, epochs=4, batch_size=64, knn_every=0, log_every=2, save_every=4),
@@ -168,17 +138,13 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "cifar10-r18": [
-        _published(91.8, "linear-augmented", "arXiv:2011.10566 App. D", "800 epochs"),
-        _published(76.4, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 512, 200 epochs, best epoch on test"),
+        published(91.8, "linear-augmented", "arXiv:2011.10566 App. D", "800 epochs"),
+        published(76.4, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 512, 200 epochs, best epoch on test"),
     ],
-    "imagenette-r18": [_published(87.2, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
-    "imagenet-r50": [_published(68.1, "linear-augmented", "facebookresearch/simsiam README", "100 epochs")],
-    "imagenet-r50-b256": [_published(68.1, "linear-augmented", "arXiv:2011.10566 Table 2", "100 epochs")],
+    "imagenette-r18": [published(87.2, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
+    "imagenet-r50": [published(68.1, "linear-augmented", "facebookresearch/simsiam README", "100 epochs")],
+    "imagenet-r50-b256": [published(68.1, "linear-augmented", "arXiv:2011.10566 Table 2", "100 epochs")],
 }

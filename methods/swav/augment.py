@@ -1,46 +1,36 @@
 """SwAV's multi-crop: two large views and several small ones (arXiv:2006.09882, section 3.2 and App. A)."""
 
-from common.augment import View, ViewRecipe
+from common.views.recipe import ViewRecipe
+from common.views.spec import View
+
+from .config import Config
 
 
-def multi_crop(
-    size: int,
-    *,
-    crop_scale: tuple[float, float],
-    local_views: int,
-    local_size: int,
-    local_scale: tuple[float, float],
-    jitter: tuple[float, float, float, float],
-    grey: float,
-    blur: float,
-    interpolation: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    compile: bool = False,
-) -> ViewRecipe:
-    """Crop, flip, colour jitter with p = .8, greyscale, blur: the same for all views but for size and area.
+def multi_crop(cfg: Config) -> ViewRecipe:
+    """Crop, flip, color jitter with p = .8, grayscale, blur: the same for all views except for size and area.
 
     One difference from the official code: its blur is PIL's, with the sigma as PIL's radius.
     """
-    brightness, contrast, saturation, hue = jitter
+    brightness, contrast, saturation, hue = cfg.color_jitter
 
     def view(size: int, scale: tuple[float, float]) -> View:
         return View(
             size=size,
             scale=scale,
             ratio=(3 / 4, 4 / 3),
-            interpolation=interpolation,
+            interpolation=cfg.interpolation,
             flip=0.5,
-            jitter=0.8,
+            color_jitter_prob=0.8,
             brightness=brightness,
             contrast=contrast,
             saturation=saturation,
             hue=hue,
-            grey=grey,
-            blur=blur,
+            grayscale=cfg.grayscale,
+            blur=cfg.blur,
             blur_sigma=(0.1, 2.0),
-            mean=mean,
-            std=std,
+            mean=cfg.mean,
+            std=cfg.std,
         )
 
-    return ViewRecipe([view(size, crop_scale)] * 2 + [view(local_size, local_scale)] * local_views, compile=compile)
+    large, small = view(cfg.image_size, cfg.crop_scale), view(cfg.local_size, cfg.local_scale)
+    return ViewRecipe([large] * 2 + [small] * cfg.local_views, compile=cfg.compile)

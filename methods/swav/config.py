@@ -5,41 +5,28 @@ CIFAR-10 numbers were added (July 2021). Learning rates are absolute, as in the 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
-from common.run import RunConfig
+from common.config import ImageConfig, ResNetConfig, Stem, published
+from common.errors import UserError
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
-    # ---- data
+class Config(ResNetConfig, ImageConfig):
+    zero_is_off: ClassVar[frozenset[str]] = frozenset({"hidden_dim"})
+
+    # ---- data and network: see common/config.py for the other settings
     data: str = "cifar10"
-    """shapes, a hub name (cifar10, stl10, imagenet-1k, org/name ...), an image folder or a folder of parquet files."""
-    image_column: str = ""
-    """Column with the images; default: found from the features."""
-    label_column: str = ""
-    """Column with the labels; default: found from the features, none is fine for pretraining."""
-    limit: int = 0
-    """Use only this many training images (0: all), a fixed random subset."""
     image_size: int = 32
     """Side of the two large views in pixels. Paper: 224; solo-learn: 32 for CIFAR-10."""
     normalize: str = "cifar10"
     """Mean and std of the inputs: none or those of shapes, cifar10, imagenet-1k ... Code: ImageNet's, but std .228 .224
     .225."""
-
-    # ---- network
     backbone: str = "resnet18"
     """timm name. Paper: ResNet-50; solo-learn on CIFAR-10: ResNet-18."""
-    stem: Literal["timm", "cifar"] = "cifar"
-    """cifar: 3x3 convolution, stride 1, no max-pool."""
-    layers: tuple[int, ...] = ()
-    """Blocks per stage of a ResNet; default: timm's."""
-    channels: tuple[int, ...] = ()
-    """Width per stage of a ResNet; default: timm's."""
-    stem_width: int = 64
-    """Channels of the cifar stem; must equal the first of `channels` where narrower than 64."""
+    stem: Stem = "cifar"
     sync_bn: bool = True
-    """BatchNorm over all ranks. Code: groups of 8 GPUs at batch 4096, all of them at 256."""
+    """BatchNorm statistics over all processes. Code: groups of 8 GPUs at batch 4096, all of them at 256."""
     hidden_dim: int = 2048
     """Hidden layer of the projector; 0: a linear projector. Code: --hidden_mlp 2048, 0 likewise."""
     projector_dim: int = 128
@@ -49,11 +36,12 @@ class Config(RunConfig):
     prototypes: int = 3000
     """Number of prototypes K. Paper App. A: 3000; its author for CIFAR-10: 10 to 300 (issue 23); solo-learn: 3000."""
     temperature: float = 0.1
-    """Of the predictions. Paper App. A."""
+    """Temperature of the predictions. Paper App. A."""
     epsilon: float = 0.05
-    """Of Sinkhorn: smaller is sharper. Paper App. A: 0.05; code README: 0.03 where the loss stays at ln K."""
+    """Temperature of the codes (Sinkhorn): smaller is sharper. Paper App. A: 0.05; code README: 0.03 where the loss
+    stays at ln K."""
     sinkhorn_iterations: int = 3
-    """Rounds of balancing. Paper App. A: 3. 0 leaves it out, and the prototypes collapse."""
+    """Rounds of balancing. Paper App. A: 3. 0 skips it, and the prototypes collapse."""
     freeze_prototypes: int = 390
     """Steps in which the prototypes get no gradient. Code: 313 at batch 4096, 5005 at 256; solo-learn: 2 epochs."""
     queue_length: int = 3840
@@ -68,59 +56,46 @@ class Config(RunConfig):
     local_views: int = 0
     """Small views. Paper App. A: 6; solo-learn on CIFAR-10: none."""
     local_size: int = 16
-    """Their side in pixels. Paper App. A: 96."""
+    """Side of a small view in pixels. Paper App. A: 96."""
     local_scale: tuple[float, float] = (0.05, 0.14)
     """Area of the small crops. Paper App. A."""
-    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
+    color_jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
     """Brightness, contrast, saturation and hue, applied with probability 0.8. Code multicropdataset.py."""
-    grey: float = 0.2
-    """Probability of greyscale. Code multicropdataset.py."""
+    grayscale: float = 0.2
+    """Probability of grayscale. Code multicropdataset.py."""
     blur: float = 0.5
     """Probability of Gaussian blur. Code multicropdataset.py."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling of crops. Code: torchvision's default, bilinear; solo-learn: bicubic."""
 
-    # ---- optimisation
+    # ---- optimization
     optimizer: Literal["larc", "adamw"] = "larc"
     """Code: LARC around SGD, for every tensor, biases and norms too. adamw is there to compare."""
-    trust: float = 0.02
+    trust_coefficient: float = 0.02
     """LARC's trust coefficient. Code: 0.001; solo-learn: 0.02."""
     larc_clip: bool = True
     """LARC never exceeds SGD's step. Code: off; solo-learn: on."""
     epochs: int = 1000
     """Paper: 100 to 800; solo-learn: 1000."""
     batch_size: int = 256
-    """Global batch in images, over all processes. Paper App. A: 4096, and 256 for the small-batch recipe."""
+    """Global batch size, over all processes. Paper App. A: 4096, and 256 for the small-batch recipe."""
     lr: float = 0.6
     """Peak learning rate, not scaled with the batch. Code: 4.8 at batch 4096, 0.6 at 256; solo-learn: 0.6."""
     lr_start: float = 0.003
-    """Rate of the first warm-up step. Code: 0.3 at batch 4096; solo-learn: 0.003."""
+    """Learning rate of the first warm-up step. Code: 0.3 at batch 4096; solo-learn: 0.003."""
     lr_end: float = 0.0006
-    """Rate the cosine ends at. Code: 0.0048 at batch 4096, 0.0006 at 256; solo-learn: 0.0006."""
+    """Learning rate at the end of the cosine. Code: 0.0048 at batch 4096, 0.0006 at 256; solo-learn: 0.0006."""
     warmup_epochs: int = 10
     """Linear warm-up from `lr_start`, end included. Code: 10 at batch 4096, none at 256; solo-learn: 10."""
     weight_decay: float = 1e-6
-    """Of every tensor. Paper App. A."""
+    """Weight decay of every tensor. Paper App. A."""
     momentum: float = 0.9
-    """Of LARC. Code main_swav.py."""
+    """Optimizer momentum (LARC). Code main_swav.py."""
 
-    # ---- memory, precision, randomness
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: the same gradient in less memory."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs, float32 on CPUs. Scores, Sinkhorn and loss are always float32."""
-    compile: bool = False
-    """torch.compile for backbone and colour operations."""
-    deterministic: bool = False
-    """Deterministic GPU kernels, slower: a resumed run is then bit-identical (CPU runs are anyway)."""
-    seed: int = 0
-    """Of initialisation, order, views and probes."""
-    knn_every: int = 0
-    """Epochs between online kNN evaluations (0: none)."""
-
-    def __post_init__(self):
-        for name in ("layers", "channels", "crop_scale", "local_scale", "jitter"):
-            setattr(self, name, tuple(getattr(self, name)))
+    def check(self) -> None:
+        """Raise UserError where the codes would overflow."""
+        if self.epsilon < 0.025:
+            raise UserError(f"--epsilon {self.epsilon}: below 0.025 exp(score / epsilon) leaves the range of float32")
 
 
 # 4.2 million multiply-adds a 32-px view: two views of hundreds of images a second train on two cores.
@@ -138,10 +113,10 @@ SHAPES = Config(
     freeze_prototypes=39,
     queue_length=0,
     crop_scale=(0.3, 1.0),
-    jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes colour would otherwise solve the task
+    color_jitter=(0.4, 0.4, 0.4, 0.5),  # any hue: on shapes color would otherwise solve the task
     blur=0.0,
     interpolation="bilinear",
-    trust=0.001,
+    trust_coefficient=0.001,
     larc_clip=False,
     epochs=30,
     batch_size=256,
@@ -151,6 +126,19 @@ SHAPES = Config(
     warmup_epochs=1,
     knn_every=5,
     save_every=200,
+)
+
+SHAPES_SHARP = replace(
+    SHAPES,
+    hidden_dim=64,
+    projector_dim=128,
+    prototypes=512,  # more and sharper codes ask for more of an image: with 128 colors stay in the features
+    temperature=0.15,
+    epsilon=0.025,  # codes much sharper than predictions: at .1 and .05 the loss stays at ln K on shapes
+    optimizer="adamw",
+    epochs=40,
+    lr=4e-3,
+    lr_end=1e-5,
 )
 
 IMAGENET = Config(
@@ -165,7 +153,7 @@ IMAGENET = Config(
     local_views=6,
     local_size=96,
     interpolation="bilinear",
-    trust=0.001,
+    trust_coefficient=0.001,
     larc_clip=False,
     epochs=800,
     batch_size=4096,
@@ -187,20 +175,10 @@ SMALL_BATCH = dict(
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
-        "embedded shapes, 4 MMAC ResNet: minutes on two cores, to see SwAV learn",
-        replace(
-            SHAPES,
-            hidden_dim=64,
-            projector_dim=128,
-            prototypes=512,  # more and sharper codes ask for more of an image: with 128 colours stay in the features
-            temperature=0.15,
-            epsilon=0.025,  # codes much sharper than predictions: at .1 and .05 the loss stays at ln K on shapes
-            optimizer="adamw",
-            epochs=40,
-            lr=4e-3,
-            lr_end=1e-5,
-        ),
+        "embedded pairs of shapes, 4 MMAC ResNet: minutes on two cores, to see SwAV learn",
+        replace(SHAPES_SHARP, data="pairs", normalize="pairs", epochs=20),
     ),
+    "shapes": ("embedded single shapes, 4 MMAC ResNet: a task with easier answers than the shape", SHAPES_SHARP),
     "smoke": (
         "a few seconds on a CPU, with small views and the queue: what the tests run",
         replace(
@@ -227,7 +205,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             normalize="cifar10",
             freeze_prototypes=195,
             crop_scale=(0.2, 1.0),
-            jitter=(0.4, 0.4, 0.4, 0.1),
+            color_jitter=(0.4, 0.4, 0.4, 0.1),
             optimizer="adamw",  # as lightly on CIFAR-10: Adam, 1e-3 per 128 images
             lr=2e-3,
             lr_end=0.0,
@@ -258,23 +236,19 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def _published(value: float, protocol: str, source: str, note: str = "") -> dict:
-    return {"value": value, "metric": "top-1", "protocol": protocol, "source": source, "note": note}
-
-
-# What others report, shown beside our number under the same protocol id. Ours is always the last epoch.
+# Published numbers, shown next to ours under the same protocol id. Ours is always the last epoch.
 PUBLISHED: dict[str, list[dict]] = {
     "cifar10-r18": [
-        _published(89.17, "linear-augmented", "solo-learn CIFAR-10 table", "online linear probe during training"),
-        _published(84.2, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 512, 200 epochs, best epoch on test"),
+        published(89.17, "linear-augmented", "solo-learn CIFAR-10 table", "online linear probe during training"),
+        published(84.2, "knn-200-0.1", "lightly CIFAR-10 benchmark", "batch 512, 200 epochs, best epoch on test"),
     ],
-    "imagenette-r18": [_published(90.2, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
+    "imagenette-r18": [published(90.2, "knn-20-0.07", "lightly Imagenette benchmark", "best epoch on test")],
     "imagenet-r50": [
-        _published(
+        published(
             75.3, "linear-augmented", "facebookresearch/swav README", "800 epochs; 400: 74.6, 200: 73.9, 100: 72.1"
         ),
-        _published(65.7, "knn-20-0.07", "arXiv:2104.14294 Table 2", "measured by the authors of DINO"),
+        published(65.7, "knn-20-0.07", "arXiv:2104.14294 Table 2", "measured by the authors of DINO"),
     ],
-    "imagenet-r50-2x224": [_published(70.1, "linear-augmented", "facebookresearch/swav README")],
-    "imagenet-r50-b256": [_published(72.7, "linear-augmented", "facebookresearch/swav README", "400 epochs: 74.3")],
+    "imagenet-r50-2x224": [published(70.1, "linear-augmented", "facebookresearch/swav README")],
+    "imagenet-r50-b256": [published(72.7, "linear-augmented", "facebookresearch/swav README", "400 epochs: 74.3")],
 }

@@ -8,8 +8,7 @@ Predict the cluster of one view from another view; clusters are kept equally lar
     python -m methods.swav.train                               # all presets; add --plan to any to see before you run
 """
 
-import math
-from dataclasses import asdict
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -17,28 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from common.backbones import BackboneSpec, create_backbone, export_backbone
-from common.cli import guarded, parse
-from common.data import ViewLoader, mean_std, open_data
-from common.distributed import per_rank, sync_batchnorm
-from common.errors import UserError
+from common.backbones import create_backbone
+from common.cli import parse, run_cli
 from common.health import feature_std
-from common.memory import checkpoint_blocks
 from common.optim import LARC, set_lr
-from common.run import Run, Watch, make_accelerator
-from common.schedules import warmup_cosine
-from eval.finish import finish, online_knn
+from common.schedules import cosine_schedule
+from eval.session import ImageSession
 
 from .augment import multi_crop
 from .config import PRESETS, PUBLISHED, Config
+from .health import SIGNALS, chance_level, health_checks
 from .loss import Queue, sinkhorn, swapped_prediction
 
 METHOD = Path(__file__).parent.name
-SIGNALS = {
-    "code_entropy": "mean entropy of a code in nats: ln K if codes say nothing, 0 if each names one prototype",
-    "prototypes_used": "perplexity of the mean prediction: how many of the K prototypes do the work",
-    "projection_std": "1 if the projections spread evenly over the sphere, 0 if all of them point one way",
-}
 
 
 class SwAV(nn.Module):
@@ -55,7 +45,7 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def normalize_prototypes(self) -> None:
-        """Unit rows. Call at the start of every step: no gradient, and the optimiser's momentum stays as it is."""
+        """Unit rows. Call at the start of every step: no gradient, and the optimizer's momentum does not change."""
         self.prototypes.weight.copy_(normalize(self.prototypes.weight, dim=1))
 
     def scores(self, z: Tensor) -> Tensor:
@@ -63,185 +53,111 @@ class SwAV(nn.Module):
             return linear(z, self.prototypes.weight)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        # Views of one size in one pass, so BatchNorm's statistics are per size; the projector sees all of them at once.
+        # One pass per view size, so BatchNorm's statistics are per size; the projector sees all views at once.
         sizes = [list(same) for _, same in groupby(views, key=lambda view: view.shape[-1])]
-        features = [self.backbone(torch.cat(s).contiguous(memory_format=torch.channels_last)) for s in sizes]
-        z = self.projector(torch.cat(features))
+        z = self.projector(torch.cat([self.backbone(torch.cat(same)) for same in sizes]))
         z = normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
         return z, self.scores(z)
 
 
+def compute_loss(
+    model: nn.Module, views: Sequence[Tensor], earlier: Tensor | None, cfg: Config
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss of this process's images, what is logged of it, and the projections [2, n, D] that a queue takes.
+
+    views: two [n, 3, S, S], which get codes, then `local_views` of [n, 3, s, s]; earlier: scores [2, m, K] of this
+    process's part of the queue, which are balanced together with those of the views, or None.
+    """
+    z, scores = model(*views)  # [V * n, D], [V * n, K]
+    scores = scores.unflatten(0, (len(views), -1))  # [V, n, K]
+    samples = scores[:2].detach()
+    if earlier is not None:
+        samples = torch.cat([earlier, samples], 1)
+    codes = sinkhorn(samples, cfg.epsilon, cfg.sinkhorn_iterations)[:, -scores.shape[1] :]  # [2, n, K]
+    loss, parts = swapped_prediction(scores, codes, cfg.temperature)
+    return loss, {**parts, "projection_std": feature_std(z)}, z.detach().unflatten(0, (len(views), -1))[:2]
+
+
 def main(preset: str, cfg: Config) -> None:
-    # ---- processes -------------------------------------------------------------------------------------------------
-    accelerator = make_accelerator(cfg.precision)
-    device, ranks = accelerator.device, accelerator.num_processes
-    local_batch = per_rank(cfg.batch_size, ranks)
-    torch.use_deterministic_algorithms(cfg.deterministic)
-    if cfg.epsilon < 0.025:
-        raise UserError(f"--epsilon {cfg.epsilon}: below 0.025 exp(score / epsilon) leaves the range of float32")
+    cfg.check()
+    session = ImageSession(cfg, METHOD, preset, PRESETS, multi_crop(cfg))
 
-    # ---- data ------------------------------------------------------------------------------------------------------
-    columns = dict(image_column=cfg.image_column or None, label_column=cfg.label_column or None)
-    source = dict(image_size=cfg.image_size, device=device, workers=cfg.workers, log=accelerator.print, **columns)
-    train = open_data(cfg.data, "train", limit=cfg.limit or None, **source)
-    test = open_data(cfg.data, "test", **source) if cfg.eval or cfg.knn_every else None
-    mean, std = mean_std(cfg.normalize)
-    recipe = multi_crop(
-        cfg.image_size,
-        crop_scale=cfg.crop_scale,
-        local_views=cfg.local_views,
-        local_size=cfg.local_size,
-        local_scale=cfg.local_scale,
-        jitter=cfg.jitter,
-        grey=cfg.grey,
-        blur=cfg.blur,
-        interpolation=cfg.interpolation,
-        mean=mean,
-        std=std,
-        compile=cfg.compile,
-    )
-    loader = ViewLoader(
-        train,
-        recipe,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        rank=accelerator.process_index,
-        world_size=ranks,
-        device=device,
-        workers=cfg.workers,
-    )
+    # ---- network ---------------------------------------------------------------------------------------------------
+    sizes = (cfg.image_size, cfg.local_size) if cfg.local_views else (cfg.image_size,)
+    spec = cfg.resnet_spec(zero_init_last=False, sizes=sizes)
+    model = SwAV(create_backbone(spec), cfg.hidden_dim, cfg.projector_dim, cfg.prototypes)
+    session.init_from(model.backbone)
+    model = session.place(model, sync_bn=cfg.sync_bn)
+    session.speed_up(model.backbone, checkpointed=model.backbone if cfg.activation_checkpointing else None)
+    queue_batches = cfg.queue_length // cfg.batch_size  # complete batches
+    queue = Queue(queue_batches * cfg.batch_size, cfg.projector_dim).to(session.device)
 
-    # ---- model -----------------------------------------------------------------------------------------------------
-    spec = BackboneSpec(
-        cfg.backbone,
-        stem=cfg.stem,
-        layers=cfg.layers,
-        channels=cfg.channels,
-        stem_width=cfg.stem_width,
-        zero_init_last=False,
-        image_size=cfg.image_size,
-        mean=mean,
-        std=std,
-    )
-    torch.manual_seed(cfg.seed)
-    backbone = create_backbone(spec).to(memory_format=torch.channels_last)
-    model = SwAV(backbone, cfg.hidden_dim, cfg.projector_dim, cfg.prototypes)
-    queue_batches = cfg.queue_length // cfg.batch_size  # whole batches
-    queue = Queue(queue_batches * cfg.batch_size, cfg.projector_dim).to(device)
-    if cfg.activation_checkpointing:
-        checkpoint_blocks(model.backbone)
-    if cfg.compile:
-        model.backbone.compile()
-    if cfg.sync_bn:
-        model = sync_batchnorm(model, device)
-
-    # ---- optimiser and schedule ------------------------------------------------------------------------------------
-    rule = dict(lr=0.0, weight_decay=cfg.weight_decay)  # one group: biases and norms are adapted and decayed too
-    match cfg.optimizer:
-        case "larc":
-            optimizer = LARC(model.parameters(), momentum=cfg.momentum, trust=cfg.trust, clip=cfg.larc_clip, **rule)
-        case "adamw":
-            optimizer = torch.optim.AdamW(model.parameters(), **rule)
-    steps_per_epoch = loader.steps_per_epoch
-    total_steps, warmup_steps = cfg.epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch
-    queue_step = cfg.queue_start * steps_per_epoch
-    schedule = dict(total=total_steps, warmup=warmup_steps, start=cfg.lr_start, end=cfg.lr_end, endpoint=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain = accelerator.unwrap_model(model)
-
-    # ---- run -------------------------------------------------------------------------------------------------------
-    run = Run(
-        cfg,
-        method=METHOD,
-        preset=preset,
-        seed=cfg.seed,
-        config=asdict(cfg),
-        accelerator=accelerator,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=cfg.batch_size,
-    )
-    run.show_plan(
-        cfg,
-        PRESETS[preset][1],
-        {
-            "training images": f"{len(train)} of {train.name}",
-            "steps": f"{total_steps} = {cfg.epochs} epochs x {steps_per_epoch}; warm-up {warmup_steps}",
-            "batch": f"{cfg.batch_size} = {ranks} processes x {local_batch}",
-            "queue": f"{queue_batches} batches, filled from step {queue_step}" if queue_batches else "none",
-            "views": recipe.describe(),
-        },
-    )
-    chance = math.log(cfg.prototypes)
-    settled = max(warmup_steps, cfg.freeze_prototypes) + steps_per_epoch
-    run.watch(
-        Watch(
-            "loss",
-            above=0.98 * chance,
-            after=settled,
-            message=f"The loss stays at ln K = {chance:.2f}: codes cannot be predicted. Try --epsilon 0.03, a larger "
-            "--freeze-prototypes, fewer small views or milder colour jitter.",
-        ),
-        Watch(
-            "prototypes_used",
-            below=0.1 * min(cfg.prototypes, cfg.batch_size),
-            after=warmup_steps,
-            message=f"Few of the {cfg.prototypes} prototypes get all images: collapse. Are --sinkhorn-iterations at 3? "
-            "Lower --lr or freeze the prototypes longer.",
-        ),
-        Watch(
-            "projection_std",
-            below=0.1,
-            after=warmup_steps,
-            message="All projections point one way (1 would be uniform): the representation collapses. Lower --lr.",
-        ),
-    )
-    run.resume(model=plain, optimizer=optimizer, scaler=accelerator.scaler, queue=queue if queue_batches else None)
+    # ---- optimizer and schedule ------------------------------------------------------------------------------------
+    optimizer: torch.optim.Optimizer
+    if cfg.optimizer == "larc":  # one group: biases and norms are adapted and decayed too
+        optimizer = LARC(
+            model.parameters(),
+            lr=0.0,
+            momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+            trust_coefficient=cfg.trust_coefficient,
+            clip=cfg.larc_clip,
+        )
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=cfg.weight_decay)
+    model, unwrapped, optimizer = session.prepare(model, optimizer)
+    warmup_steps = cfg.warmup_epochs * session.steps_per_epoch
+    fill_from = cfg.queue_start * session.steps_per_epoch
+    use_from = fill_from + queue_batches  # full
 
     # ---- training --------------------------------------------------------------------------------------------------
+    session.start(
+        plan={
+            "warm-up": f"{warmup_steps} steps",
+            "queue": f"{queue_batches} batches, filled from step {fill_from}" if queue_batches else "none",
+        },
+        checks=health_checks(cfg, warmup_steps, session.steps_per_epoch),
+        model=unwrapped,
+        optimizer=optimizer,
+        queue=queue if queue_batches else None,
+    )
     model.train()
-    for step in run.steps():
-        lr = warmup_cosine(step, peak=cfg.lr, **schedule)
+    for step in session.steps():
+        lr = cosine_schedule(
+            step,
+            base=cfg.lr,
+            start=cfg.lr_start,
+            final=cfg.lr_end,
+            total=session.total_steps,
+            warmup=warmup_steps,
+            endpoint=True,
+        )
         set_lr(optimizer, lr)
-        plain.normalize_prototypes()
-        views = loader(step).views  # two [n, 3, S, S], then local_views of [n, 3, s, s]
-        z, scores = model(*views)  # [V * n, D], [V * n, K]
-        scores = scores.unflatten(0, (len(views), -1))  # [V, n, K]
-        with torch.no_grad():
-            samples = scores[:2].detach()
-            if queue_batches and step >= queue_step + queue_batches:  # full; scored by the prototypes of today
-                samples = torch.cat([plain.scores(queue.part()), samples], 1)
-            codes = sinkhorn(samples, cfg.epsilon, cfg.sinkhorn_iterations)[:, -local_batch:]  # [2, n, K]
-            if queue_batches and step >= queue_step:
-                queue.push(z.unflatten(0, (len(views), -1))[:2])
-        loss, parts = swapped_prediction(scores, codes, cfg.temperature)
+        unwrapped.normalize_prototypes()
+        views = session.views(step)  # two [n, 3, S, S], then local_views of [n, 3, s, s]
+
+        earlier = None
+        if queue_batches and step >= use_from:  # scored by the current prototypes
+            earlier = unwrapped.scores(queue.part()).detach()  # [2, m, K]
+        loss, parts, z = compute_loss(model, views, earlier, cfg)
+        if queue_batches and step >= fill_from:
+            queue.push(z)
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        session.backward(loss)
         if step < cfg.freeze_prototypes:
-            plain.prototypes.weight.grad = None  # not zero: momentum and weight decay would still move them
+            unwrapped.prototypes.weight.grad = None  # not zero: momentum and weight decay would still move them
         optimizer.step()
-        run.log(loss=loss.detach(), **parts, projection_std=feature_std(z.detach()), lr=lr)
-        if run.epoch_ends(step, cfg.knn_every):
-            with run.untimed():
-                online_knn(run, step, plain.backbone, spec, train, test)
+        session.log(loss=loss.detach(), **parts, lr=lr)
+        session.online_knn(step, unwrapped.backbone, spec)
 
-    loader.close()
-
-    # ---- export, evaluation, result card, report -------------------------------------------------------------------
-    if accelerator.is_main_process:
-        export_backbone(run.directory, plain.backbone, spec)
-        if cfg.eval:
-            finish(
-                run,
-                train=train,
-                test=test,
-                recipe=recipe,
-                published=PUBLISHED.get(preset, []),
-                signals=SIGNALS,
-                references={"loss": (chance, "chance level, ln K")},
-            )
-    accelerator.end_training()
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+    session.export(unwrapped.backbone, spec)
+    session.evaluate(
+        signals=SIGNALS,
+        published=PUBLISHED.get(preset, []),
+        references={"loss": (chance_level(cfg.prototypes), "chance level, ln K")},
+    )
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(*parse(PRESETS, f"python -m methods.{METHOD}.train")))
+    run_cli(lambda: main(*parse(PRESETS, f"python -m methods.{METHOD}.train")))
