@@ -509,7 +509,7 @@ def test_crops_of_the_presets_equal_the_reference():
         cfg = PRESETS[preset][1]
         assert (cfg.global_crop_scale, cfg.local_views, cfg.local_size, cfg.local_crop_scale) == expected
     cpu = PRESETS["cifar10-cpu"][1]
-    assert (cpu.global_crop_scale, cpu.local_views, cpu.image_size, cpu.epochs) == ((0.2, 1), 0, 32, 5)
+    assert (cpu.global_crop_scale, cpu.local_views, cpu.image_size, cpu.epochs) == ((0.2, 1), 0, 32, 30)
     assert not PRESETS["imagenet-vits"][1].norm_last_layer and not PRESETS["imagenet-vits-300"][1].norm_last_layer
 
 
