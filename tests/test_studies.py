@@ -176,22 +176,32 @@ def children(pid: int, word: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            state, parent = status(path)
             if int(parent) == pid and state != "Z" and word in path.with_name("cmdline").read_text().split("\0"):
                 found.append(int(path.parent.name))
     return found
 
 
-def ends(pid: int) -> bool:
+def status(path: Path) -> list[str]:
+    """State and parent of a process, from its /proc/PID/stat."""
+    return path.read_text().rpartition(")")[2].split()[:2]
+
+
+def becomes(pid: int, states: str) -> bool:
+    """Whether the process is in one of the states, or has ended, within a minute."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True  # of a parent that was killed, and nobody has waited yet
+            if status(Path(f"/proc/{pid}/stat"))[0] in states:
+                return True
         except OSError:
             return True
-        time.sleep(0.05)
+        time.sleep(0.01)
     return False
+
+
+def ends(pid: int) -> bool:
+    return becomes(pid, "Z")  # Z: of a parent that was killed, and nobody has waited yet
 
 
 def test_sigterm_saves_the_run_and_the_queue_continues_it(tmp_path):
@@ -221,6 +231,7 @@ def test_a_stopped_queue_leaves_no_run(number, tmp_path):
 def test_a_killed_queue_leaves_no_run(tmp_path):
     command, run = started(tmp_path)
     os.kill(run, signal.SIGSTOP)  # a run that does not end at once keeps the folder locked
+    assert becomes(run, "T")  # of signals that wait for a process the kernel delivers SIGTERM before SIGSTOP
     os.kill(command.child.pid, signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
     with pytest.raises(UserError, match="or by runs that it has left"), locked(tmp_path):
