@@ -8,6 +8,7 @@ import functools
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -89,7 +90,8 @@ def run_cli(main: Callable[[], None]) -> None:
     2, without a traceback.
 
     SIGTERM, SIGHUP and Ctrl-C end it in one sentence too, with 128 plus the signal's number; a closed pipe, as of
-    `| head -1`, with 1. Characters that the terminal does not have are printed as escapes.
+    `| head -1`, and the death of another process of the run (gloo) with 1. Characters that the terminal does not have
+    are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -121,6 +123,17 @@ def run_cli(main: Callable[[], None]) -> None:
             f"no space left on device while writing {error.filename or 'the run directory'} ({error.strerror}). Free "
             "some space and rerun the same command."
         )
+    except RuntimeError as error:
+        lost = re.search(r"gloo.*(Connection (?:reset|closed) by peer|Broken pipe)", str(error), re.S)
+        if not lost:
+            raise
+        print(
+            f"{PREFIX}another process of this run has ended, or the network failed ({lost[1]}): its output says why. "
+            "The same command continues from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(1) from None
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)

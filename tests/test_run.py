@@ -144,19 +144,90 @@ def test_killed_and_resumed_is_bit_identical(method, uninterrupted, tmp_path):
     assert_identical(directory, reference)
 
 
+FILE_EVENTS = frozenset(("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"))
+"""Audit events of Python that are raised before a file or a folder changes."""
+
+
+def count_file_events(directory: str, counter: str, kill_at: int) -> None:
+    """Write the number of file events in `directory` to `counter`; SIGKILL before the event numbered `kill_at`."""
+    handle, seen = os.open(counter, os.O_WRONLY | os.O_CREAT), 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in FILE_EVENTS and str(arguments[0]).startswith(directory):
+            seen += 1
+            os.pwrite(handle, b"%9d" % seen, 0)
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def killed_at_file_events(method: str, out: Path, reference: Path, kills: int, dice: random.Random) -> None:
+    """Kill a run before `kills` of its file events, continue it each time, and compare its end with `reference`."""
+    arguments = (module(method), "smoke", "--out", out, "--no-eval")
+    directory, counter = out / f"{method}-smoke", out / "events"
+
+    def run(kill_at: int) -> int:
+        before = partial(count_file_events, str(directory), str(counter), kill_at)
+        command = Command(*arguments, log=out / "log", before=before)
+        code = command.wait()
+        assert code in (0, -signal.SIGKILL), command.output()
+        return code
+
+    assert run(0) == 0
+    total, found = int(counter.read_text()), 0
+    assert total > 10
+    shutil.rmtree(directory)
+    while found < kills:
+        if run(dice.randint(1, total)) == 0:  # what was left of the run had fewer events
+            assert_identical(directory, reference)
+            shutil.rmtree(directory)
+        else:
+            found += 1
+    assert run(0) == 0
+    assert_identical(directory, reference)
+
+
+def test_killed_at_file_events_is_bit_identical(uninterrupted, tmp_path):
+    killed_at_file_events("simclr", tmp_path, uninterrupted("simclr"), 3, random.Random(0))
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_many_times_is_bit_identical(method, uninterrupted, tmp_path):
+    """Ten times at a step, ten times at a file event."""
     reference = uninterrupted(method)
     directory, dice = tmp_path / f"{method}-smoke", random.Random(1)
     arguments = (module(method), "smoke", "--out", tmp_path, "--no-eval")
-    last = read_metrics(reference / "metrics.jsonl")[-1]["step"]
-    for attempt in range(12):
+    lines = [line["step"] for line in read_metrics(reference / "metrics.jsonl") if "loss" in line]
+    for attempt in range(10):
         command = Command(*arguments, log=tmp_path / f"log{attempt}")
-        command.kill_at(dice.randrange(2, last, 2), directory / "metrics.jsonl")
-        command.wait()
+        command.kill_at(dice.choice(lines[:-1]), directory / "metrics.jsonl")
+        assert command.wait() == -signal.SIGKILL, command.output()
     code, text = run_command(*arguments, log=tmp_path / "last")
     assert code == 0, text
+    assert_identical(directory, reference)
+    shutil.rmtree(directory)
+    killed_at_file_events(method, tmp_path, reference, 10, dice)
+
+
+@pytest.mark.parametrize("method", [m if m == "simclr" else pytest.param(m, marks=pytest.mark.soak) for m in METHODS])
+def test_one_of_two_processes_is_killed(method, tmp_path):
+    """The other one ends by itself, and the same command, given to both again, ends as an uninterrupted run."""
+    arguments = ("--no-eval", "--out")
+    for command in two_processes(tmp_path, method, *arguments, tmp_path / "reference"):
+        assert command.wait() == 0, command.output()
+    reference, directory = (tmp_path / name / f"{method}-smoke" for name in ("reference", "killed"))
+    lines = [line["step"] for line in read_metrics(reference / "metrics.jsonl") if "loss" in line]
+    for victim in (0, 1):
+        commands = two_processes(tmp_path, method, *arguments, tmp_path / "killed")
+        commands[victim].kill_at(lines[(1 + victim) * len(lines) // 3], directory / "metrics.jsonl")
+        assert commands[victim].wait() == -signal.SIGKILL, commands[victim].output()
+        assert commands[1 - victim].wait() == 1, commands[1 - victim].output()
+        assert "another process of this run has ended" in commands[1 - victim].output()
+    for command in two_processes(tmp_path, method, *arguments, tmp_path / "killed"):
+        assert command.wait() == 0, command.output()
     assert_identical(directory, reference)
 
 
