@@ -3,7 +3,7 @@
 # make compare METHODS="simclr byol" [PRESET=quickstart] [SEEDS=3]            the same for several methods, then one table
 # make fork FROM=simclr TO=mine                                             a method of your own, with its tests
 # make test                                                                  the tests, as CI runs them
-# make soak                                                                  many SIGKILLs and resumes, a few minutes
+# make soak                                                                  many SIGKILLs, resumes and odd numbers: two hours
 # make bench                                                                 speed of views, step and loading, by hand
 METHOD ?= simclr
 METHODS ?= simclr byol

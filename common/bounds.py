@@ -10,7 +10,7 @@ POSITIVE = frozenset(
     """batch_size epochs steps image_size local_size crop_size window sample_rate log_every save_every keep
     temperature student_temperature teacher_temperature warmup_teacher_temperature epsilon trust_coefficient
     channels layers kernels strides stride stem_width stem_kernel stem_stride hidden hidden_dim bottleneck
-    bottleneck_dim out_dim projector prototypes head_layers predictor_dim predictor_hidden predictor_depth
+    bottleneck_dim out_dim projector projector_dim prototypes head_layers predictor_dim predictor_hidden predictor_depth
     min_keep decoder_depth decoder_dim decoder_heads decoder_width blocks patch mask_patch mask_window copies
     crop_scale crop_area global_crop_scale local_crop_scale local_scale context_scale target_scale target_aspect
     mi_units ndf y_dim n_rkhs n_depth context context_width context_depth prediction_steps negative_count
@@ -23,7 +23,13 @@ AT_MOST_1 = frozenset(
     target_scale layer_decay p pretrain_share weight_decay weight_decay_end""".split()
 )
 """Momenta, probabilities, shares of an area, and weight decays."""
+AT_MOST_1000 = frozenset(
+    """layers projector_layers head_layers depth n_depth context_depth decoder_depth predictor_depth copies draws
+    prediction_steps local_views blocks""".split()
+)
+"""What is built or drawn one by one, so that nothing else would stop a number with too many zeros."""
 LARGEST = 1e30  # float32 holds it
+LARGEST_WHOLE = 1 << 53  # JSON and float64 hold it exactly
 SEEDS = range(-(1 << 63), 1 << 64)  # what torch.manual_seed takes
 
 
@@ -46,6 +52,8 @@ def bound_of(name: str, kind: type) -> str:
         return "64 bits"
     if name in AT_MOST_1:
         return "> 0, at most 1" if name in POSITIVE else "0 to 1"
+    if name in AT_MOST_1000:
+        return "1 to 1000" if name in POSITIVE else "0 to 1000"
     return (">= 1" if kind is int else "> 0") if name in POSITIVE else ">= 0"
 
 
@@ -61,6 +69,7 @@ def problem(name: str, number: int | float) -> str:
         return "at least 0"
     if name in AT_MOST_1 and number > 1:
         return "at most 1"
-    if number > LARGEST:
-        return f"at most {LARGEST:g}"
-    return ""
+    if name in AT_MOST_1000 and number > 1000:
+        return "at most 1000"
+    largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
+    return f"at most {largest:g}" if number > largest else ""

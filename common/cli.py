@@ -27,6 +27,9 @@ class Settled(Protocol):
 
 Config = TypeVar("Config", bound=Settled)
 PREFIX = "error: "
+NO_MEMORY = r"can't allocate memory|out of memory|Storage size calculation overflowed|invalid buffer size"
+LOST_PROCESS = r"gloo.*(Connection (?:reset|closed) by peer|Broken pipe)"
+"""What torch says of them in a RuntimeError."""
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
@@ -86,8 +89,8 @@ def _note(message: str) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError, a full disk or a path without permission becomes one sentence on stderr and exit status
-    2, without a traceback.
+    """Run `main`; a UserError, a full disk or memory, or a path without permission becomes one sentence on stderr and
+    exit status 2, without a traceback.
 
     SIGTERM, SIGHUP and Ctrl-C end it in one sentence too, with 128 plus the signal's number; a closed pipe, as of
     `| head -1`, and the death of another process of the run (gloo) with 1. Characters that the terminal does not have
@@ -123,8 +126,11 @@ def run_cli(main: Callable[[], None]) -> None:
             f"no space left on device while writing {error.filename or 'the run directory'} ({error.strerror}). Free "
             "some space and rerun the same command."
         )
-    except RuntimeError as error:
-        lost = re.search(r"gloo.*(Connection (?:reset|closed) by peer|Broken pipe)", str(error), re.S)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            reason = str(error).partition("\n")[0] or "MemoryError"
+            _fail(f"not enough memory: a smaller batch, image or network needs less ({reason})")
+        lost = re.search(LOST_PROCESS, str(error), re.S)
         if not lost:
             raise
         print(

@@ -5,12 +5,13 @@ import importlib
 import math
 import pkgutil
 import re
+import resource
 from typing import get_args, get_type_hints
 
 import pytest
 
 import methods
-from common.bounds import AT_MOST_1, POSITIVE, bound_of, check_numbers, problem
+from common.bounds import AT_MOST_1, AT_MOST_1000, POSITIVE, bound_of, check_numbers, problem
 from common.cli import field_docs, parse
 from common.errors import UserError
 from tests.processes import run_command
@@ -39,6 +40,8 @@ def test_every_preset_is_within_bounds_and_no_field_takes_nonsense(method):
         bad = [-1, -0.5, math.nan, math.inf, -math.inf, 1e31]
         bad += [0] if field.name in POSITIVE - cfg.zero_is_off else []
         bad += [1.5, 1e30] if field.name in AT_MOST_1 else []
+        bad += [1001] if field.name in AT_MOST_1000 else []
+        bad += [(1 << 53) + 1] if isinstance(value[-1] if several else value, int) else []
         for number in bad:
             wrong = (*value[:-1], number) if several else number
             with pytest.raises(UserError, match=re.escape(f"--{field.name.replace('_', '-')} is {number}: it must")):
@@ -76,6 +79,10 @@ def test_help_shows_the_bounds_of_every_number(method, capsys, monkeypatch):
         ("momentum", float, "0 to 1", 0.0, 1.1),
         ("momentum", float, "0 to 1", 1.0, -0.1),
         ("layer_decay", float, "> 0, at most 1", 1.0, 0.0),
+        ("layers", int, "1 to 1000", 1, 1001),
+        ("copies", int, "1 to 1000", 1000, 0),
+        ("local_views", int, "0 to 1000", 0, 1001),
+        ("save_every", int, ">= 1", 1 << 53, (1 << 53) + 1),
         ("seed", int, "64 bits", -5, 1 << 64),
     ],
 )
@@ -85,7 +92,7 @@ def test_what_help_says_is_what_is_checked(name, kind, words, inside, outside):
 
 def test_every_bound_is_of_a_field():
     fields = {f.name for method in METHODS for f in dataclasses.fields(presets(method)["smoke"])}
-    assert fields >= POSITIVE and fields >= AT_MOST_1
+    assert fields >= POSITIVE and fields >= AT_MOST_1 and fields >= AT_MOST_1000
 
 
 def test_seeds_have_64_bits():
@@ -100,6 +107,47 @@ def test_the_command_line_refuses_them(tmp_path, words):
     code, text = run_command("methods.simclr.train", "smoke", "--out", tmp_path, *words, log=tmp_path / "log")
     assert code == 2 and text.startswith(f"error: {words[0]} is {words[1]}: it must be") and text.count("\n") == 1, text
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("words", [("--image-size", "1000000000"), ("--channels", "8", "8", "8", "1000000000000")])
+def test_more_memory_than_there_is(tmp_path, words):
+    arguments = ("smoke", "--out", tmp_path, "--no-eval", *words)
+    code, text = run_command("methods.simclr.train", *arguments, log=tmp_path / "log")
+    assert code == 2 and "error: not enough memory: a smaller batch" in text and "Traceback" not in text, text
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_number_ends_in_a_step_or_a_sentence(tmp_path, method):
+    """The real script with 0 and with something huge in each field in turn: no traceback and no hang."""
+    cfg = presets(method)["smoke"]
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        several = isinstance(value, tuple) and value and all(map(is_number, value))
+        if not (several or is_number(value)):
+            continue
+        whole = isinstance(value[-1] if several else value, int)
+        for number in ("0", "1000000000000000" if whole else "1e30"):
+            words = {"--max-steps": ["1"], "--workers": ["1"]}
+            words[f"--{field.name.replace('_', '-')}"] = [*map(str, value[:-1]), number] if several else [number]
+            flat = [word for name, values in words.items() for word in (name, *values)]
+            out = tmp_path / f"{field.name}-{number}"
+            code, text = run_command(
+                f"methods.{method}.train",
+                "smoke",
+                "--no-eval",
+                "--out",
+                out,
+                *flat,
+                log=tmp_path / "log",
+                before=limited,
+            )
+            assert code in (0, 2) and "Traceback" not in text and ("error: " in text) == (code == 2), (flat, code, text)
+
+
+def limited() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # so that no number can fill the machine's memory
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ every number here is labeled as a choice of the study design.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from common.config import ResNetConfig, Stem
 
@@ -49,6 +49,8 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(kw_only=True)
 class Config(ResNetConfig):
+    zero_is_off: ClassVar[frozenset[str]] = frozenset({"projector_dim"})
+
     # ---- the arm
     arm: Literal[
         "A0", "A1", "A1s", "A1p", "A1h", "A2", "A3", "A3a", "A4", "A4x", "A5", "A5r", "A6", "A7", "A8", "A9", "A10"
