@@ -194,6 +194,7 @@ def test_killed_at_file_events_is_bit_identical(uninterrupted, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_many_times_is_bit_identical(method, uninterrupted, tmp_path):
     """Ten times at a step, ten times at a file event."""
