@@ -14,7 +14,7 @@ POSITIVE = frozenset(
     min_keep decoder_depth decoder_dim decoder_heads decoder_width blocks patch mask_patch mask_window copies
     crop_scale crop_area global_crop_scale local_crop_scale local_scale context_scale target_scale target_aspect
     mi_units ndf y_dim n_rkhs n_depth context context_width context_depth prediction_steps negative_count
-    num_negatives schedule_scale layer_decay""".split()
+    num_negatives schedule_scale layer_decay measured""".split()
 )
 """Fields that are above 0, or whose every number is."""
 AT_MOST_1 = frozenset(
@@ -25,7 +25,7 @@ AT_MOST_1 = frozenset(
 """Momenta, probabilities, shares of an area, and weight decays."""
 AT_MOST_1000 = frozenset(
     """layers projector_layers head_layers depth n_depth context_depth decoder_depth predictor_depth copies draws
-    prediction_steps local_views blocks""".split()
+    prediction_steps local_views blocks masks""".split()
 )
 """What is built or drawn one by one, so that nothing else would stop a number with too many zeros."""
 LARGEST = 1e30  # float32 holds it
