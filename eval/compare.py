@@ -742,6 +742,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="protocol to show, e.g. knn-20-0.07 or label-free/RankMe, repeatable, or all "
         "(default: every accuracy on the labels)",
     )
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME", help="data sets to show, by their names, repeatable"
+    )
     parser.add_argument("--target", default="label", help="label, a factor's name or all (default: label)")
     parser.add_argument("--one-table", action="store_true", help="fail, naming what differs, unless all fit one table")
     parser.add_argument("--out-md", type=Path, metavar="FILE", help="write the tables as Markdown")
@@ -751,6 +754,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     cards = load_cards(find_cards(args.paths))
+    if args.data:
+        names = sorted({card["data"]["name"] for _, card in cards})
+        cards = [(path, card) for path, card in cards if card["data"]["name"] in args.data]
+        if unknown := set(args.data) - {card["data"]["name"] for _, card in cards}:
+            raise UserError(f"no card is of {' or '.join(sorted(unknown))}: these are of {', '.join(names)}")
     results = select(cards, args.metric, args.target)
     without = [str(path) for path, _ in cards if all(r.path != path for r in results)]
     if without and args.one_table:

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -366,6 +367,17 @@ def test_readme_is_updated_between_its_markers_only(tmp_path):
         compare.update_between_markers(tmp_path / "other.md", "x")
 
 
+def test_data_sets_are_chosen_by_name(tmp_path, capsys):
+    for name in ("pairs", "CIFAR-10 (JPEG)"):
+        card = make_card()
+        (tmp_path / f"{len(name)}.json").write_text(json.dumps({**card, "data": {**card["data"], "name": name}}))
+    compare.main([str(tmp_path), "--data", "pairs"])
+    shown = capsys.readouterr().out
+    assert "pairs, 32 px" in shown and "CIFAR-10" not in shown
+    with pytest.raises(UserError, match=r"no card is of cifar: these are of CIFAR-10 \(JPEG\), pairs"):
+        compare.main([str(tmp_path), "--data", "pairs", "--data", "cifar"])
+
+
 def test_hostile_names_stay_text(tmp_path):
     evil = f"<script>|`*x*`\n{compare.END}"
     tables = made(tmp_path, make_card(method=evil, preset=evil, device=evil, rows=[make_row("linear", 1.0)]))
@@ -417,7 +429,7 @@ def test_pages_hold_what_their_commands_make(page, tmp_path, monkeypatch, capsys
     """The command on a page, with the page's copy to update, changes nothing."""
     monkeypatch.chdir(ROOT)
     (command,) = re.findall(r"`python -m eval\.compare ([^`]*--update-readme [^`]*)`", page.read_text())
-    *words, named = command.split()
+    *words, named = shlex.split(command)
     assert ROOT / named == page
     paths = []
     for word in words:  # as a shell does
