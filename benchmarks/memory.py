@@ -27,7 +27,7 @@ from methods.simclr.train import SimCLR, compute_loss, contrast
 
 @dataclass
 class Arguments:
-    preset: str = "cifar10-cpu"
+    preset: str = "quickstart"
     """Preset of SimCLR: its network and image size."""
     batch_size: int = 2048
     """Images."""

@@ -1,6 +1,6 @@
 """What a training step costs besides its forward and backward passes, measured inside `train.py` itself.
 
-    python -m benchmarks.step                                  # every method, 4 MMAC network of cifar10-cpu
+    python -m benchmarks.step                                  # every method, 4 MMAC network of quickstart
     python -m benchmarks.step --methods byol --preset cifar10-r18 --steps 200      # on a GPU
 
 Runs the real script of each method on embedded data with clocks around its parts, no copy of its loop. "Bare" is the
@@ -36,7 +36,7 @@ WARM = 5  # steps not counted
 class Arguments:
     methods: tuple[str, ...] = ("simclr", "barlow", "byol", "simsiam", "swav", "dino", "cpc", "dim", "amdim")
     """Directories under methods/."""
-    preset: str = "cifar10-cpu"
+    preset: str = "quickstart"
     """A preset that all of them have, on `shapes` instead of its data."""
     steps: int = 60
     """Steps a method."""
