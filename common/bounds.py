@@ -25,7 +25,7 @@ AT_MOST_1 = frozenset(
 """Momenta, probabilities, shares of an area, and weight decays."""
 AT_MOST_1000 = frozenset(
     """layers projector_layers head_layers depth n_depth context_depth decoder_depth predictor_depth copies draws
-    prediction_steps local_views blocks masks""".split()
+    prediction_steps local_views blocks masks sinkhorn_iterations""".split()
 )
 """What is built or drawn one by one, so that nothing else would stop a number with too many zeros."""
 LARGEST = 1e30  # float32 holds it
