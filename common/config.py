@@ -39,7 +39,8 @@ class RunConfig:
         Literal["knn", "linear", "linear-augmented", "mlp", "metrics", "factors", "rotation", "finetune", "lowshot"],
         ...,
     ] = ()
-    """What to evaluate, as in python -m eval; default: the method's list."""
+    """What to evaluate, as in python -m eval; default: the method's list and, where the run is its preset's own, the
+    protocols of the numbers published for it."""
     eval_baselines: bool = True
     """Also score raw pixels and random weights. Disable to make evaluation 5x faster when the baselines are known."""
     plan: bool = False

@@ -3,7 +3,7 @@
 A session makes no model, computes no loss, steps no optimizer and calls nothing back: `train.py` does all that in one
 flat function, and pasting these methods into it would give the same program.
 
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))    # processes, data, views
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)  # processes, data, views
     model = SimCLR(...)
     session.init_from(model.backbone)                                       # the weights of --init-from, if given
     model = session.place(model, sync_bn=cfg.sync_bn)                       # channels_last, BatchNorm over processes
@@ -15,12 +15,13 @@ flat function, and pasting these methods into it would give the same program.
         session.log(loss=loss, lr=lr)
         session.online_knn(step, unwrapped.backbone, spec)
     session.export(unwrapped.backbone, spec)
-    session.evaluate(signals=SIGNALS, published=PUBLISHED.get(preset, []))
+    session.evaluate(signals=SIGNALS)
 """
 
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ from common.weights import fill, read_weights
 from eval.features import seconds_per_image
 from eval.finetune.recipe import DEFAULTS, Recipe
 from eval.finish import finish, online_knn, shared_features
-from eval.protocols import DEFAULT, Features, cannot_run
+from eval.protocols import DEFAULT, Features, cannot_run, protocols_of
 
 Presets = Mapping[str, tuple[str, Any]]
+Published = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The numbers that papers report, by preset."""
 TRAIN, PROBED, TEST = "training images", "probed images", "test images"
 """What a run uses images for, as config.json records them."""
 SAME_NUMBERS = frozenset(
@@ -64,13 +67,23 @@ class Session:
     global batch. `total_steps` and `steps_per_epoch` are known once `set_length` was called.
     """
 
-    def __init__(self, cfg: TrainingConfig, method: str, preset: str, presets: Presets, *, batch_size: int = 0):
+    def __init__(
+        self,
+        cfg: TrainingConfig,
+        method: str,
+        preset: str,
+        presets: Presets,
+        *,
+        published: Published = MappingProxyType({}),
+        batch_size: int = 0,
+    ):
         """`batch_size`: rows that are shared among the processes, `cfg.batch_size` unless given.
 
         Seeds torch's global generator, from which the networks' initial weights are sampled next. Raises UserError if
         the batch does not divide among the processes, or the launch is not what it seems (`make_accelerator`).
         """
         self.cfg, self.method, self.preset, self.presets = cfg, method, preset, presets
+        self.reported = published.get(preset, ())
         if cfg.deterministic:  # cuBLAS reads it when CUDA starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.accelerator = make_accelerator(cfg.precision)
@@ -166,11 +179,12 @@ class Session:
         """The step's metrics, 0-d tensors or numbers: the same names every step, `loss` among them."""
         self.run.log(**values)
 
-    def published(self, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    @property
+    def published(self) -> list[Mapping[str, Any]]:
         """Published numbers of the preset, for the card: where the run is not the preset's, each says why it is not
         compared ("not_compared")."""
         reason = "; ".join(filter(None, (self._not_the_preset(), *(f"extended, {text}" for text in self.run.extended))))
-        return [{**entry, "not_compared": reason} for entry in entries] if reason else list(entries)
+        return [{**entry, "not_compared": reason} for entry in self.reported] if reason else list(self.reported)
 
     def _not_the_preset(self) -> str:
         """Data, budget and settings that differ from the preset's, in a phrase; empty if none does."""
@@ -230,18 +244,20 @@ class ImageSession(Session):
         presets: Presets,
         views: ViewRecipe,
         *,
+        published: Published = MappingProxyType({}),
         split: str = "train",
         protocols: Sequence[str] = DEFAULT,
         finetuning: Recipe = DEFAULTS,
     ):
-        """protocols: of the evaluation, for which --eval-protocols may name others; finetuning: of finetune, lowshot.
+        """protocols: of the evaluation, for which --eval-protocols may name others; a run that is its preset's adds
+        those of the `published` numbers. finetuning: of finetune, lowshot.
 
         Raises UserError as `Session` does, and where the data cannot be had or is too small for the batch.
         """
-        super().__init__(cfg, method, preset, presets)
+        super().__init__(cfg, method, preset, presets, published=published)
         self.recipe = views
         self._features: Features | None = None
-        self.protocols, self.finetuning = tuple(cfg.eval_protocols or protocols), finetuning
+        self.finetuning = finetuning
         self._notice = once(self.print)
         self.train = self._open(split, limit=cfg.limit, hold_out="never" if cfg.eval_data else "labeled")
         scored = bool(cfg.eval or cfg.knn_every)
@@ -260,6 +276,8 @@ class ImageSession(Session):
             workers=cfg.workers,
         )
         self.set_length(cfg.epochs * self.loader.steps_per_epoch, self.loader.steps_per_epoch)
+        papers = [] if self._not_the_preset() else protocols_of(self.reported)
+        self.protocols = tuple(cfg.eval_protocols or dict.fromkeys((*protocols, *papers)))
         self._views: list[Tensor] = []
         torch.manual_seed(cfg.seed)
 
@@ -385,7 +403,6 @@ class ImageSession(Session):
         self,
         *,
         signals: Mapping[str, str],
-        published: Sequence[Mapping] = (),
         references: Mapping[str, tuple[float, str]] | None = None,
         extra_sections: Sequence[tuple[str, str]] = (),
         extra_rows: Sequence[dict] = (),
@@ -403,7 +420,7 @@ class ImageSession(Session):
             test=self.test,
             pretrained_on=self.train if self._judged_elsewhere else None,
             recipe=self.recipe,
-            published=self.published(published),
+            published=self.published,
             signals=signals,
             references=references,
             extra_sections=extra_sections,
