@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
-from common.backbones import BackboneSpec, export_backbone
+from common.backbones import BackboneSpec, export_backbone, multiply_adds
 from common.config import RESUMABLE_FIELDS, ImageConfig, TrainingConfig
-from common.data import ImageStore, ImageStream, ViewLoader, open_data
+from common.data import ImageStore, ImageStream, ViewLoader, known_data, open_data
 from common.distributed import per_rank, sync_batchnorm
 from common.errors import UserError
 from common.html import duration
 from common.memory import checkpoint_blocks
+from common.plan import estimate
 from common.run import CHECKPOINTS, Data, HealthCheck, Run, Stateful, directory_of, make_accelerator, read_config
 from common.sources import HoldOut, once
 from common.views.recipe import ViewRecipe
@@ -57,6 +58,8 @@ SAME_NUMBERS = frozenset(
 """Settings besides `RESUMABLE_FIELDS` with which a run is still its preset's."""
 
 
+TOTALS = ("training images", "judged on", "steps", "batch", "parameters", "estimate", "evaluated by", "published")
+"""What a plan begins with."""
 OTHER_DATA = {"data": "other data", "eval_data": "judged on other data"}  # a path says nothing elsewhere
 
 
@@ -145,7 +148,8 @@ class Session:
         checks: Sequence[HealthCheck] = (),
         **stateful: Stateful | None,
     ) -> None:
-        """Open the run directory, print `plan` under --plan, and load what `stateful` names from the last checkpoint.
+        """Open the run directory, print `plan` and what papers report under --plan, and load what `stateful` names from
+        the last checkpoint.
 
         data: by the name of their use, e.g. {"train": store}. Raises UserError where the directory holds a run with
         another config or other data.
@@ -166,7 +170,17 @@ class Session:
             initial_weights=self.initial_weights,
         )
         self.run.afterwards = ", then the evaluation" if self.cfg.eval else ""
-        self.run.show_plan(self.cfg, self.presets[self.preset][1], dict(plan))
+        trained = sum(p.numel() for model, _ in self._trained for p in model.parameters() if p.requires_grad)
+        facts = {"parameters": f"{trained / 1e6:,.4g} M trained", **plan}
+        if published := self.published:
+            told = (
+                f"{p['value']} {p['protocol']} ({p['source']}{p.get('note') and '; ' + p['note']})" for p in published
+            )
+            facts["published"] = ", ".join(told)
+            if reason := published[0].get("not_compared"):
+                facts["published"] += f"; not compared: {reason}"
+        totals = {name: facts[name] for name in TOTALS if name in facts}
+        self.run.show_plan(self.cfg, self.presets[self.preset][1], {**totals, **facts})
         self.run.watch(*checks)
         self.run.resume(**stateful, scaler=self.accelerator.scaler)
         self.print = self.run.print
@@ -257,6 +271,7 @@ class ImageSession(Session):
         super().__init__(cfg, method, preset, presets, published=published)
         self.recipe = views
         self._features: Features | None = None
+        self._multiply_adds = 0  # of the backbone on all views of an image, for a plan
         self.finetuning = finetuning
         self._notice = once(self.print)
         self.train = self._open(split, limit=cfg.limit, hold_out="never" if cfg.eval_data else "labeled")
@@ -283,6 +298,8 @@ class ImageSession(Session):
 
     def init_from(self, backbone: nn.Module, others: Mapping[str, Tensor] | None = None) -> None:
         super().init_from(backbone, others)
+        if self.cfg.plan:  # before anything is compiled
+            self._multiply_adds = sum(multiply_adds(backbone, view.size) for view in self.recipe.views)
         view, weights = self.recipe.views[0], self.initial_weights or {}
         own = {"mean": list(view.mean), "std": list(view.std)}
         if weights.get("inputs", own) != own:
@@ -293,8 +310,11 @@ class ImageSession(Session):
         self, split: str, *, limit: int = 0, hold_out: HoldOut = "always", judged: bool = False
     ) -> ImageStore | ImageStream:
         cfg = self.cfg
+        spec = cfg.eval_data if judged else cfg.data
+        if cfg.plan == "short" and (known := known_data(spec, split, limit or None)):
+            return known
         return open_data(
-            cfg.eval_data if judged else cfg.data,
+            spec,
             split,
             limit=limit or None,
             image_size=cfg.image_size,
@@ -341,18 +361,25 @@ class ImageSession(Session):
     ) -> None:
         """As of a `Session`, and say which protocols the data cannot serve; data: the images that the session has
         opened, unless given."""
+        impossible: Mapping[str, str] = {}
+        if self.cfg.eval and self.test is not None:
+            impossible = cannot_run(self.protocols, self.probed, self.test, self.finetuning)
         common = {
-            "training images": f"{len(self.train)} of {self.train.name}",
+            "training images": f"{len(self.train):,} of {self.train.name}",
             **({"judged on": self.probed.name} if self.cfg.eval_data else {}),
-            "steps": f"{self.total_steps} = {self.cfg.epochs} epochs x {self.steps_per_epoch}",
+            **({"evaluated by": ", ".join(p for p in self.protocols if p not in impossible)} if self.cfg.eval else {}),
+            "steps": f"{self.total_steps:,} = {self.cfg.epochs} epochs x {self.steps_per_epoch}",
             "batch": f"{self.cfg.batch_size} = {self.num_processes} processes x {self.local_batch}",
         }
         if data is None:
             opened = {TRAIN: self.train, PROBED: self.probed if self._probed_known else None, TEST: self.test}
             data = {use: store for use, store in opened.items() if store is not None}
+        if self._multiply_adds:
+            costs = {"batch_size": self.cfg.batch_size, "steps_per_epoch": self.steps_per_epoch}
+            common["estimate"] = estimate(self._multiply_adds, steps=self.total_steps, **costs)
         super().start(plan={**common, **plan, "views": self.recipe.describe()}, data=data, checks=checks, **stateful)
-        if self.evaluates and self.test is not None:
-            for name, reason in cannot_run(self.protocols, self.probed, self.test, self.finetuning).items():
+        if self.evaluates:
+            for name, reason in impossible.items():
                 if name != "factors" or self.cfg.eval_protocols:
                     self.print(f"NOTE {name} will not be run: {reason}.")
         warmup = getattr(self.cfg, "warmup_epochs", 0)
