@@ -368,8 +368,8 @@ class ImageSession(Session):
             "training images": f"{len(self.train):,} of {self.train.name}",
             **({"judged on": self.probed.name} if self.cfg.eval_data else {}),
             **({"evaluated by": ", ".join(p for p in self.protocols if p not in impossible)} if self.cfg.eval else {}),
-            "steps": f"{self.total_steps:,} = {self.cfg.epochs} epochs x {self.steps_per_epoch}",
-            "batch": f"{self.cfg.batch_size} = {self.num_processes} processes x {self.local_batch}",
+            "steps": f"{self.total_steps:,} = {self.cfg.epochs} epochs x {self.steps_per_epoch}; "
+            f"batch {self.cfg.batch_size} = {self.num_processes} processes x {self.local_batch}",
         }
         if data is None:
             opened = {TRAIN: self.train, PROBED: self.probed if self._probed_known else None, TEST: self.test}
