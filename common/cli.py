@@ -56,6 +56,9 @@ def parse(presets: Mapping[str, tuple[str, Config]], command: str, argv: list[st
         what = f"{name!r} is not a preset" if not name.startswith("-") else f"the preset comes before {name!r}"
         raise UserError(f"{what}: {hint}presets are {', '.join(presets)}")
     about, default = presets[name]
+    for i in reversed(range(len(flags))):  # tyro has no flag with an optional value
+        if flags[i] == "--plan" and (i + 1 == len(flags) or flags[i + 1].startswith("-")):
+            flags.insert(i + 1, "short")
     import tyro  # not needed for the list
 
     parsed = default if not {"-h", "--help"} & set(flags) else _with_bounds(default)

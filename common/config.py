@@ -39,11 +39,13 @@ class RunConfig:
         Literal["knn", "linear", "linear-augmented", "mlp", "metrics", "factors", "rotation", "finetune", "lowshot"],
         ...,
     ] = ()
-    """What to evaluate, as in python -m eval; default: the method's list."""
+    """What to evaluate, as in python -m eval; default: the method's list and, where the run is its preset's own, the
+    protocols of the numbers published for it."""
     eval_baselines: bool = True
     """Also score raw pixels and random weights. Disable to make evaluation 5x faster when the baselines are known."""
-    plan: bool = False
-    """Print every resolved setting, time a few steps, estimate hours and memory, and exit without writing."""
+    plan: Literal["", "short", "full"] = ""
+    """Print the run's size, cost and evaluation and exit without writing; of known data sets without opening them.
+    --plan alone is short; full: every setting with its source too, and a few timed steps."""
     max_steps: int = 0
     """Stop training after this many steps (0: train to the end); the schedule is unchanged."""
     log_every: int = 20

@@ -28,6 +28,7 @@ from common.rng import generator
 from common.sources import (
     GENERATED,
     HUB_NAMES,
+    KNOWN,
     Files,
     Folder,
     HoldOut,
@@ -328,6 +329,34 @@ def open_data(
         if images is not None:
             return ImageStore(images=images.to(device), **about)
     return ImageStream(source=source, rows=rows, side=side, device=device, workers=workers, **about)
+
+
+def known_data(spec: str, split: str = "train", limit: int | None = None) -> ImageStream | None:
+    """A stand-in for the images of `KNOWN` data that `open_data` would open, for a plan; None for other data.
+
+    Their number, side and count of classes are right, their labels are made up, and none can be read."""
+    if spec not in KNOWN or is_path(spec):
+        return None
+    known, parts = KNOWN[spec], split.split("+")
+    if not set(parts) <= known.images.keys():
+        return None
+    labels = [
+        torch.full((known.images[part],), -1)
+        if part == "unlabeled"
+        else torch.arange(known.images[part]) % known.classes
+        for part in parts
+    ]
+    all_labels = torch.cat(labels)[:limit]
+    return ImageStream(
+        name=spec.split(":")[0].split("/")[-1],
+        fingerprint="",
+        labels=all_labels if bool((all_labels >= 0).any()) else None,
+        label_name="label",
+        source=Files(Path(), [], split),
+        rows=torch.arange(len(all_labels)),
+        side=known.side,
+        device=torch.device("cpu"),
+    )
 
 
 def _open_shapes(name: str, split: str, limit: int | None, size: int, device: torch.device) -> ImageStore:

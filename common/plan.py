@@ -1,6 +1,8 @@
-"""What --plan prints: every setting with its source, and the time and memory that a run takes."""
+"""What --plan prints: how large a run is, what it costs by an estimate and what sets it apart from the method's
+defaults; under --plan full every setting with its source, and the time and memory of a few steps."""
 
 import dataclasses
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -10,8 +12,66 @@ from rich import box
 from rich.table import Table
 
 from common.cli import field_docs
+from common.config import RESUMABLE_FIELDS
 from common.environment import peak_memory
 from common.html import duration
+
+WIDTH, INDENT = 80, 20  # columns of a short plan, and of the names in it
+UTILIZATION = 0.2
+"""Share of a GPU's peak that training reaches: ResNet-50 at about 2,500 images/s of 224 px on an A100."""
+PEAKS = {"A100": 312, "H100": 989, "RTX 4090": 165}
+"""TFLOP/s of dense bfloat16 products, by the data sheets."""
+CPU_RATE = 0.17
+"""TFLOP/s of two idle cores of an AMD EPYC, as measured: SimCLR's cifar10-cpu at 1,523 images/s (README, Speed)."""
+SHORTEST_STEP = 0.015  # seconds, on a GPU: small networks wait for their kernels to be launched
+
+
+def estimate(multiply_adds: int, *, batch_size: int, steps: int, steps_per_epoch: float) -> str:
+    """What training costs on common devices, with the formula, in words. `multiply_adds`: of the backbone on all views
+    of an image. A forward and a backward pass take three times the forward pass's operations, two a multiply-add."""
+    tera = 6 * multiply_adds * batch_size / 1e12  # a step's operations
+    seconds = {name: max(tera / (UTILIZATION * peak), SHORTEST_STEP) for name, peak in PEAKS.items()}
+    if (cpu := tera / CPU_RATE) * steps < 100 * 3600:
+        seconds["two CPU cores"] = cpu
+    times = [f"{name} {_about(step * steps_per_epoch)}, {_about(step * steps)}" for name, step in seconds.items()]
+    formula = f"6 x {multiply_adds / 1e6:,.0f} MMAC x {batch_size} images a step at {UTILIZATION:.0%} of one GPU's peak"
+    return (
+        f"an epoch, and all of them: {'; '.join(times)}. Not measured: {formula}, no step under "
+        f"{1000 * SHORTEST_STEP:.0f} ms; the backbone on whole views, without heads, teacher, masks, data"
+    )
+
+
+def _about(seconds: float) -> str:
+    return duration(seconds) if seconds < 36_000 else f"{seconds / 3600:,.0f} h"
+
+
+def short_plan(title: str, config: Any, preset_config: Any, facts: Mapping[str, str]) -> list[str]:
+    """Lines of `WIDTH` columns: the facts, then the settings that the preset and the flags have changed."""
+    defaults = type(config)()
+    names = [f.name for f in dataclasses.fields(config) if f.name != "plan"]
+    by_flag = [name for name in names if getattr(config, name) != getattr(preset_config, name)]
+    others = [name for name in names if name not in by_flag and name not in RESUMABLE_FIELDS]
+    by_preset = [name for name in others if getattr(config, name) != getattr(defaults, name)]
+    changed = {
+        what: ", ".join(f"{name} {_shown(getattr(config, name))}" for name in chosen)
+        for what, chosen in (("set by the preset", by_preset), ("set by flags", by_flag))
+        if chosen
+    }
+    lines = [title]
+    for name, text in {**facts, **changed}.items():
+        first, *more = textwrap.wrap(text, WIDTH - INDENT, break_on_hyphens=False) or [""]
+        lines += [f"{name:>{INDENT - 2}}  {first}", *(" " * INDENT + line for line in more)]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return (
+        " ".join(map(_shown, value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def settings_table(title: str, config: Any, preset_config: Any, *, last: Collection[str]) -> Table:

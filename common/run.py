@@ -50,7 +50,7 @@ from common.files import (
 )
 from common.html import duration
 from common.log import MetricLog, read_metrics
-from common.plan import derived_lines, settings_table, timed_steps
+from common.plan import derived_lines, settings_table, short_plan, timed_steps
 from common.progress import Display
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
@@ -370,8 +370,10 @@ class Run:
     # ---- the loop --------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps that remain. Exits with status 0 after --plan's timing; after SIGTERM, SIGINT or SIGHUP it
-        saves and exits with 128 plus the signal's number."""
+        """Yield the steps that remain. Exits with status 0 under --plan, where it is full after timing a few;
+        after SIGTERM, SIGINT or SIGHUP it saves and exits with 128 plus the signal's number."""
+        if self.cfg.plan == "short":
+            raise SystemExit(0)
         if self.cfg.plan:
             yield from timed_steps(
                 self.metrics.read,
@@ -456,10 +458,15 @@ class Run:
         self.console.print(message, soft_wrap=True)
 
     def show_plan(self, config: Any, preset_config: Any, derived: dict[str, str]) -> None:
-        """With --plan: every field with its value, who set it and its source, and the values derived from them."""
+        """With --plan: the values derived from the settings, and the settings, see `common.plan`."""
         if not self.cfg.plan:
             return
         title = f"{self.method} {self.preset}"
+        if self.cfg.plan == "short":
+            title += ": nothing is written; --plan full shows more"
+            facts = {name: value for name, value in derived.items() if name != "views"}
+            self.print("\n".join(short_plan(title, config, preset_config, facts)))
+            return
         self.console.print(settings_table(title, config, preset_config, last=RESUMABLE_FIELDS))
         for line in derived_lines(derived):
             self.print(line)

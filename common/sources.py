@@ -30,6 +30,29 @@ HUB_NAMES = {
     "stl10": "jxie/stl10",  # unlike most copies it has the 100,000 images of the split "unlabeled"
     "imagenet-1k": "ILSVRC/imagenet-1k",
 }
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set of known size: images by split, all labeled but those of "unlabeled", and their shorter side in
+    pixels."""
+
+    images: Mapping[str, int]
+    side: int
+    classes: int
+
+
+_IMAGENETTE = {"train": 9_469, "test": 3_925}  # github.com/fastai/imagenette; "test": its validation images
+KNOWN = {
+    "cifar10": Known({"train": 50_000, "test": 10_000}, 32, 10),  # Krizhevsky 2009
+    "cifar100": Known({"train": 50_000, "test": 10_000}, 32, 100),
+    "stl10": Known({"train": 5_000, "test": 8_000, "unlabeled": 100_000}, 96, 10),  # Coates et al. 2011
+    "frgfm/imagenette:160px": Known(_IMAGENETTE, 160, 10),
+    "frgfm/imagenette:320px": Known(_IMAGENETTE, 320, 10),
+    # Russakovsky et al. 2015, Table 2; "test": its validation images, whose most frequent size is 500 x 375
+    "imagenet-1k": Known({"train": 1_281_167, "test": 50_000}, 375, 1000),
+}
+"""What a plan knows of data that it does not open."""
 GENERATED = ("pairs", "shapes", "shapes-textured")
 OFFLINE = "`--data pairs` (rendered, needs no file), an image folder, or a directory of parquet files"
 

@@ -1,6 +1,6 @@
 """Evaluate any backbone by the common protocol of this repository.
 
-python -m eval runs/simclr-quickstart          on the run's own data, merged into its result.json
+python -m eval runs/simclr-quickstart          on the run's own data, merged into its result.json and report.html
 python -m eval exported/backbone.safetensors --data cifar10 --out scores.json
 python -m eval resnet18 --pretrained --data imagenette --protocols knn,metrics
 python -m eval --model vit_small_patch16_224 --weights dino_deitsmall16_pretrain.pth --data cifar10
@@ -20,13 +20,26 @@ from common.progress import Display
 from common.run import data_differences, data_record
 from common.sources import once
 from common.weights import weights_name
-from eval.card import FILE, Card, card_problems, describe_data, make_scores, merge_rows, read_card, save_card
+from eval.card import (
+    FILE,
+    Card,
+    card_problems,
+    describe_data,
+    make_scores,
+    merge_rows,
+    read_card,
+    save_card,
+    with_comparison,
+)
 from eval.features import pooled
 from eval.finetune.recipe import Recipe, check
 from eval.finish import describe_backbone
 from eval.load import device_of, load_asked, random_init, run_record
 from eval.protocols import DEFAULT, PROTOCOLS, Evaluation, check_names, check_protocols, evaluate, results_table
+from eval.report import rewrite_report
 from eval.session import PROBED, TEST
+
+NO_REPORT = "there is no report.html, or one of an earlier version, which stays as it is"
 
 
 @dataclass
@@ -44,7 +57,8 @@ class Arguments:
     """For --weights: mean and std of the inputs, as in training. Default: those beside the file, or ImageNet's."""
     protocols: str | None = None
     """Comma-separated, out of knn, linear, linear-augmented, mlp, metrics, factors, rotation, finetune, lowshot.
-    Default: knn, linear, metrics and factors, as far as the data supports them."""
+    Default: knn, linear, metrics and factors, as far as the data supports them. What the run's card has already is
+    measured again, and its rows are replaced."""
     data: str | None = None
     """shapes, a hub name, or a path. Default for a run directory: the data it was trained on, or its --eval-data."""
     image_column: str | None = None
@@ -74,7 +88,7 @@ class Arguments:
     """Seed of the probes and of the random weights. Default: the run's seed, otherwise 0."""
     out: Path | None = None
     """File for the result as a card, which eval.compare takes. Default for a run directory on its own data: merged into
-    its result.json."""
+    its result.json and report.html."""
     finetune: Recipe = field(default_factory=Recipe)
     """Settings for finetune and lowshot. Unset values depend on the network and image size."""
 
@@ -143,10 +157,15 @@ def main(argv: list[str] | None = None) -> None:
         check_protocols(protocols, train, test, args.finetune)
 
     described = describe_backbone(spec, backbone)
+    report: Path | None = None
 
     def save(so_far: Evaluation) -> None:
+        nonlocal report
         if card is not None and content is not None:
-            save_card(card, {**content, "evaluations": merge_rows(content["evaluations"], so_far.rows)})
+            rows = merge_rows(content["evaluations"], so_far.rows)
+            merged = with_comparison({**content, "evaluations": rows})
+            save_card(card, merged)
+            report = rewrite_report(card.parent, merged, test.class_names)
         if args.out is not None:
             scores = make_scores(
                 scored_name(args, name),
@@ -189,14 +208,14 @@ def main(argv: list[str] | None = None) -> None:
             title=f"{name} on {train.name}: {len(train):,} training images, {len(test):,} test images, {image_size} px",
         )
     )
+    save(result)
     if card is not None and content is not None:
-        console.print(f"merged into {card}")
+        console.print(f"merged into {card}" + (f" and {report}" if report else f"; {NO_REPORT}"))
     elif args.out is None:
         console.print(
             "not saved: --out FILE writes it as JSON"
             + ("" if card is None else f" ({card} does not exist: the run has not ended yet)")
         )
-    save(result)
     if args.out is not None:
         console.print(f"written to {args.out}")
     if args.protocols is not None and result.skipped:  # asked for by name

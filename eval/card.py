@@ -24,6 +24,7 @@ from common.files import (
     read_json,
     write_atomic,
 )
+from common.html import is_finite, number
 from common.run import Data, Run
 
 FORMAT = 1
@@ -56,6 +57,7 @@ _CARD = {
     "settings": object_of(OBJECT),
     "evaluations": list_of(OBJECT),
     "published": optional(list_of(OBJECT)),
+    "compared": list_of(TEXT),
     "config": OBJECT,
     "measured": list_of(TEXT),
     "diverged": TEXT,
@@ -393,6 +395,26 @@ def published_for(row: Mapping[str, Any], card: Mapping[str, Any]) -> list[dict[
         and p.get("metric", "top-1" if row["metric"] == "top-5" else row["metric"]) == row["metric"]
         and not p.get("not_compared")
     ]
+
+
+def compared(card: Mapping[str, Any]) -> list[str]:
+    """A line for each published number that is comparable with a row of the card: theirs, ours and the gap."""
+    lines = []
+    for row in card.get("evaluations") or []:
+        for entry in published_for(row, card) if is_finite(row["value"]) else ():
+            if is_finite(entry["value"]):
+                theirs, ours = (number(value, row["metric"]) for value in (entry["value"], row["value"]))
+                who = "paper" if entry["source"].startswith("arXiv:") else "published"
+                source = "; ".join(filter(None, (entry["source"], entry.get("note"))))
+                gap = f"{row['value'] - entry['value']:+.2f}"
+                lines.append(f"{row['protocol']}, {row['metric']}: {who} {theirs}, ours {ours}, gap {gap} ({source})")
+    return lines
+
+
+def with_comparison(card: Card) -> Card:
+    """The card with what `compared` says of it now, under "compared"; without the field where it says nothing."""
+    others = {name: value for name, value in card.items() if name != "compared"}
+    return {**others, "compared": lines} if (lines := compared(card)) else others
 
 
 def headline_row(card: Mapping[str, Any]) -> Row | None:

@@ -10,11 +10,13 @@ from common.backbones import WEIGHTS, BackboneSpec, multiply_adds
 from common.data import Images
 from common.environment import peak_memory
 from common.files import sha256
+from common.html import duration
 from common.progress import Display
 from common.run import Run
 from common.views.recipe import ViewRecipe
 from eval.card import (
     FILE,
+    Card,
     describe_data,
     earlier_card,
     keep_earlier_rows,
@@ -22,6 +24,7 @@ from eval.card import (
     measured_before,
     save_card,
     unfinished,
+    with_comparison,
 )
 from eval.features import extract_features
 from eval.finetune.recipe import DEFAULTS, Recipe
@@ -132,7 +135,8 @@ def finish(
 
     def card_of(evaluation: Evaluation) -> dict:
         rows = [*evaluation.rows, *extra_rows]
-        return keep_earlier_rows({**empty, "peak_memory_bytes": peak_memory(device), "evaluations": rows}, before)
+        card = {**empty, "peak_memory_bytes": peak_memory(device), "evaluations": rows}
+        return with_comparison(keep_earlier_rows(card, before))
 
     with Display(run.console, prefix="evaluation: "):
         evaluation = evaluate(
@@ -184,7 +188,15 @@ def finish(
         results_table(card["evaluations"], title=f"{card['method']} {card['preset']} on {card['data']['name']}")
     )
     run.print(f"result card {path}\nreport      {report}")
+    print_comparison(run, card)
     return card
+
+
+def print_comparison(run: Run, card: Card) -> None:
+    """Print the published numbers that the card is compared with, and what the run cost; nothing without them."""
+    if lines := card.get("compared"):
+        lines = [*lines, f"cost: {card['epochs']:g} epochs in {duration(card['wall_time_s'])} on {card['device']}"]
+        run.print("\n".join(lines))
 
 
 def describe_backbone(spec: BackboneSpec, backbone: torch.nn.Module) -> str:

@@ -87,6 +87,14 @@ def check_names(protocols: Iterable[str]) -> None:
             raise UserError(f"unknown evaluation protocol {name!r}: {hint}protocols are {', '.join(PROTOCOLS)}.")
 
 
+def protocols_of(published: Iterable[Mapping]) -> list[str]:
+    """The protocols under which `published` numbers were measured, as far as they are ours: a number's "protocol" is a
+    name, or a name with its settings (knn-20-0.07)."""
+    asked = (entry["protocol"] for entry in published)
+    named = (name if name in PROTOCOLS else name.split("-")[0] for name in asked)
+    return [name for name in dict.fromkeys(named) if name in PROTOCOLS]
+
+
 def cannot_run(protocols: Iterable[str], train: Images, test: Images, recipe: Recipe = DEFAULTS) -> dict[str, str]:
     """Which of `protocols` these data cannot serve, and the reason of each. Raises UserError for an unknown name."""
     protocols = list(protocols)

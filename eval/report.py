@@ -30,8 +30,9 @@ from common.html import (
     page,
     table,
 )
-from eval.card import headline_row, published_for
+from eval.card import compared, headline_row, published_for
 
+REPORT = "report.html"
 NOT_CURVES = {"step", "epoch", "kind", "seconds"}  # the x axes and the clock
 UNEXPLAINED = "not explained: add it to the method's SIGNALS"
 LOGGED = {
@@ -87,14 +88,13 @@ def _headline(card: Mapping) -> str:
             gap = row["value"] - value
             side = "above" if gap >= 0 else "below"
             gaps.append(f"{number(abs(gap), metric)} {'points ' if unit else ''}{side} {name}")
-    compared = [f"published: {number(p.get('value'), metric)} ({_source(p)})" for p in published_for(row, card)]
-    small = "".join(f"<p><small>{escape(text)}</small></p>" for text in compared)
+    anchors = "".join(f"<p>{escape(line)}</p>" for line in compared(card))
     what = escape(f"{metric} on {target}, {row['protocol']}")
     text = ", ".join(gaps) + "." if gaps else "No baseline was measured."
     chart = bar_chart(items, metric=metric, high=100.0 if unit else None, alt=f"{metric} on {target} and the baselines")
     return (
         f'<div class="panel headline"><div><div class="value">{number(row["value"], metric)}'
-        f'<span class="unit"> {unit}</span></div><div>{what}</div><p class="muted">{escape(text)}</p>{small}</div>'
+        f'<span class="unit"> {unit}</span></div><div>{what}</div><p class="muted">{escape(text)}</p>{anchors}</div>'
         f"<div>{chart}</div></div>"
     )
 
@@ -561,9 +561,8 @@ def _tick_names(baselines: Iterable[Mapping]) -> str:
     )
 
 
-def _invariance(card: Mapping, pairs: bool) -> str:
-    shapes = str(card["data"]["name"]).startswith("shapes")
-    drawn = shapes or card["data"]["name"] == "pairs"
+def _invariance(card: Mapping) -> str:
+    drawn = _on_shapes(card) or card["data"]["name"] == "pairs"
     rows, parts = [r for r in card.get("evaluations") or [] if r["protocol"] == "invariance"], []
     if rows:
         text = (
@@ -604,34 +603,43 @@ def _invariance(card: Mapping, pairs: bool) -> str:
                 + "</figure>"
             )
         parts.append(f'<div class="charts wide">{"".join(charts)}</div>')
-    if shapes and pairs:  # what two views share: a method of one view has no such shortcut
-        textured = card["data"]["name"] != "shapes"
-        sharing = (
-            "This run has it: its images carry strong background stripes that both views share."
-            if textured
-            else "The backgrounds of this run are plain. Give every image strong background stripes "
-            "(<code>--data shapes-textured</code>) and train the same run again: its loss is lower, and so is its "
-            "accuracy on shape."
-        )
-        parts.append(
-            '<div class="aside"><h3 style="margin-top:0">Feature suppression</h3><p>'
-            + sharing
-            + " Two views of one image show the same stripes, so matching the texture solves much of the task, and "
-            "little requires the network to encode the shape. A lower loss means that the task is solved better, "
-            "not that the features are more useful. The remedy is in the views, not in the loss: "
-            "vary in them what must not be used.</p></div>"
-        )
     return "".join(parts)
 
 
-def _collapse(curves: Sequence[Curve], rows: Sequence[Mapping], signals: Mapping[str, str]) -> str:
-    at_the_end = [row["metric"] for row in rows if row["protocol"] == "label-free"]
+def _on_shapes(card: Mapping) -> bool:
+    return str(card["data"]["name"]).startswith("shapes")
+
+
+def _suppression(card: Mapping) -> str:
+    """On single shapes: what two views share. A method of one view has no such shortcut."""
+    sharing = (
+        "This run has it: its images carry strong background stripes that both views share."
+        if card["data"]["name"] != "shapes"
+        else "The backgrounds of this run are plain. Give every image strong background stripes "
+        "(<code>--data shapes-textured</code>) and train the same run again: its loss is lower, and so is its "
+        "accuracy on shape."
+    )
+    return (
+        '<div class="aside"><h3 style="margin-top:0">Feature suppression</h3><p>'
+        + sharing
+        + " Two views of one image show the same stripes, so matching the texture solves much of the task, and "
+        "little requires the network to encode the shape. A lower loss means that the task is solved better, "
+        "not that the features are more useful. The remedy is in the views, not in the loss: "
+        "vary in them what must not be used.</p></div>"
+    )
+
+
+def _collapse(curves: Sequence[Curve], signals: Mapping[str, str]) -> str:
     return (
         "<p>A collapsed network gives every image nearly the same feature, or features in very few directions. "
         "The loss can look fine while it happens; these numbers do not.</p>"
         + explanations({curve.name: curve.signal for curve in curves}, signals)
-        + (explanations(at_the_end, LABEL_FREE, head="measured at the end") if at_the_end else "")
     )
+
+
+def _label_free(card: Mapping) -> str:
+    names = [row["metric"] for row in card.get("evaluations") or [] if row["protocol"] == "label-free"]
+    return explanations(names, LABEL_FREE, head="measured at the end") if names else ""
 
 
 def explanations(logged: Iterable[str] | Mapping[str, str], signals: Mapping[str, str], head: str = "logged as") -> str:
@@ -654,6 +662,46 @@ def _settings_section(card: Mapping) -> str:
             + "</details>"
         )
     return "".join(parts)
+
+
+# ---- the card's parts ------------------------------------------------------------------------------------------------
+
+
+def _card_parts(card: Mapping, class_names: Sequence[str] | None) -> dict[str, str]:
+    """The HTML that is made of the card's evaluations, by name, each between two comments that `rewrite_report` finds:
+    no text has any, as it is escaped."""
+    parts = {
+        "headline": _headline(card),
+        "evaluation": _evaluation(card) + _confusion(card, class_names),
+        "invariance": _invariance(card),
+        "label-free": _label_free(card),
+    }
+    return {name: html.join(_marks(name)) for name, html in parts.items()}
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} of the card -->", f"<!-- end of {name} -->"
+
+
+def rewrite_report(run_dir: str | os.PathLike, card: Mapping, class_names: Sequence[str] | None = None) -> Path | None:
+    """Bring the `report.html` in `run_dir` up to date with the card, whose evaluations have changed; returns its path.
+
+    The rest stays as training wrote it: curves, images, neighbors, the method's sections. None, and nothing is written,
+    where there is no report, or one of a version that did not mark what it made of the card.
+    """
+    path = Path(run_dir) / REPORT
+    if not path.is_file():
+        return None
+    text = path.read_bytes().decode(errors="replace")
+    for name, html in _card_parts(card, class_names).items():
+        start, end = _marks(name)
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            return None
+        text = before + html + after
+    write_atomic(path, text)
+    return path
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -700,18 +748,17 @@ def write_report(
     if bad:
         notes.append(f"{bad} of {len(features)} test features are not finite; they are shown as zero.")
         features = features.nan_to_num(0.0, 0.0, 0.0)
-    curves = _curves(metrics, card, references or {})
-    rows = card.get("evaluations") or []
+    curves, of_card = _curves(metrics, card, references or {}), _card_parts(card, class_names)
     pairs = views is None or (views.shape[1] if isinstance(views, Tensor) else len(views)) > 1
     sections = [
         ("Training", _training(curves)),
-        ("Evaluation", _evaluation(card) + _confusion(card, class_names)),
+        ("Evaluation", of_card["evaluation"]),
         ("What the model sees", _views(views, originals, view_text)),
         ("Nearest neighbors", _neighbors(test_images, features, labels, class_names)),
         ("Map of the features", _map(test_images, features, labels, class_names)),
-        ("Invariance", _invariance(card, pairs)),
+        ("Invariance", of_card["invariance"] + (_suppression(card) if _on_shapes(card) and pairs else "")),
         *extra_sections,
-        ("Signs of collapse", _collapse(curves, rows, signals or {})),
+        ("Signs of collapse", _collapse(curves, signals or {}) + of_card["label-free"]),
         ("Settings", _settings_section(card)),
     ]
     title = f"{card['method']} · {card['preset']}"
@@ -722,7 +769,7 @@ def write_report(
             + "".join(f"<li>{escape(note)}</li>" for note in notes)
             + "</ul></div>"
         )
-    parts += [_headline(card), _facts(card), "<nav>"]
+    parts += [of_card["headline"], _facts(card), "<nav>"]
     parts += [f'<a href="#s{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections)]
     parts.append("</nav></header>")
     parts += [
@@ -732,6 +779,6 @@ def write_report(
         "<footer>Self-contained: this page loads nothing from anywhere. Data behind it: result.json and "
         "metrics.jsonl in the same directory.</footer>"
     )
-    path = Path(run_dir) / "report.html"
+    path = Path(run_dir) / REPORT
     write_atomic(path, page(title, "\n".join(parts)))
     return path

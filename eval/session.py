@@ -3,7 +3,7 @@
 A session makes no model, computes no loss, steps no optimizer and calls nothing back: `train.py` does all that in one
 flat function, and pasting these methods into it would give the same program.
 
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))    # processes, data, views
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)  # processes, data, views
     model = SimCLR(...)
     session.init_from(model.backbone)                                       # the weights of --init-from, if given
     model = session.place(model, sync_bn=cfg.sync_bn)                       # channels_last, BatchNorm over processes
@@ -15,12 +15,13 @@ flat function, and pasting these methods into it would give the same program.
         session.log(loss=loss, lr=lr)
         session.online_knn(step, unwrapped.backbone, spec)
     session.export(unwrapped.backbone, spec)
-    session.evaluate(signals=SIGNALS, published=PUBLISHED.get(preset, []))
+    session.evaluate(signals=SIGNALS)
 """
 
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,13 +29,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
-from common.backbones import BackboneSpec, export_backbone
+from common.backbones import BackboneSpec, export_backbone, multiply_adds
 from common.config import RESUMABLE_FIELDS, ImageConfig, TrainingConfig
-from common.data import ImageStore, ImageStream, ViewLoader, open_data
+from common.data import ImageStore, ImageStream, ViewLoader, known_data, open_data
 from common.distributed import per_rank, sync_batchnorm
 from common.errors import UserError
 from common.html import duration
 from common.memory import checkpoint_blocks
+from common.plan import estimate
 from common.run import CHECKPOINTS, Data, HealthCheck, Run, Stateful, directory_of, make_accelerator, read_config
 from common.sources import HoldOut, once
 from common.views.recipe import ViewRecipe
@@ -42,9 +44,11 @@ from common.weights import fill, read_weights
 from eval.features import seconds_per_image
 from eval.finetune.recipe import DEFAULTS, Recipe
 from eval.finish import finish, online_knn, shared_features
-from eval.protocols import DEFAULT, Features, cannot_run
+from eval.protocols import DEFAULT, Features, cannot_run, protocols_of
 
 Presets = Mapping[str, tuple[str, Any]]
+Published = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The numbers that papers report, by preset."""
 TRAIN, PROBED, TEST = "training images", "probed images", "test images"
 """What a run uses images for, as config.json records them."""
 SAME_NUMBERS = frozenset(
@@ -54,6 +58,8 @@ SAME_NUMBERS = frozenset(
 """Settings besides `RESUMABLE_FIELDS` with which a run is still its preset's."""
 
 
+TOTALS = ("training images", "judged on", "steps", "batch", "parameters", "estimate", "evaluated by", "published")
+"""What a plan begins with."""
 OTHER_DATA = {"data": "other data", "eval_data": "judged on other data"}  # a path says nothing elsewhere
 
 
@@ -64,13 +70,23 @@ class Session:
     global batch. `total_steps` and `steps_per_epoch` are known once `set_length` was called.
     """
 
-    def __init__(self, cfg: TrainingConfig, method: str, preset: str, presets: Presets, *, batch_size: int = 0):
+    def __init__(
+        self,
+        cfg: TrainingConfig,
+        method: str,
+        preset: str,
+        presets: Presets,
+        *,
+        published: Published = MappingProxyType({}),
+        batch_size: int = 0,
+    ):
         """`batch_size`: rows that are shared among the processes, `cfg.batch_size` unless given.
 
         Seeds torch's global generator, from which the networks' initial weights are sampled next. Raises UserError if
         the batch does not divide among the processes, or the launch is not what it seems (`make_accelerator`).
         """
         self.cfg, self.method, self.preset, self.presets = cfg, method, preset, presets
+        self.reported = published.get(preset, ())
         if cfg.deterministic:  # cuBLAS reads it when CUDA starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.accelerator = make_accelerator(cfg.precision)
@@ -132,7 +148,8 @@ class Session:
         checks: Sequence[HealthCheck] = (),
         **stateful: Stateful | None,
     ) -> None:
-        """Open the run directory, print `plan` under --plan, and load what `stateful` names from the last checkpoint.
+        """Open the run directory, print `plan` and what papers report under --plan, and load what `stateful` names from
+        the last checkpoint.
 
         data: by the name of their use, e.g. {"train": store}. Raises UserError where the directory holds a run with
         another config or other data.
@@ -153,7 +170,17 @@ class Session:
             initial_weights=self.initial_weights,
         )
         self.run.afterwards = ", then the evaluation" if self.cfg.eval else ""
-        self.run.show_plan(self.cfg, self.presets[self.preset][1], dict(plan))
+        trained = sum(p.numel() for model, _ in self._trained for p in model.parameters() if p.requires_grad)
+        facts = {"parameters": f"{trained / 1e6:,.4g} M trained", **plan}
+        if published := self.published:
+            told = (
+                f"{p['value']} {p['protocol']} ({p['source']}{p.get('note') and '; ' + p['note']})" for p in published
+            )
+            facts["published"] = ", ".join(told)
+            if reason := published[0].get("not_compared"):
+                facts["published"] += f"; not compared: {reason}"
+        totals = {name: facts[name] for name in TOTALS if name in facts}
+        self.run.show_plan(self.cfg, self.presets[self.preset][1], {**totals, **facts})
         self.run.watch(*checks)
         self.run.resume(**stateful, scaler=self.accelerator.scaler)
         self.print = self.run.print
@@ -166,11 +193,12 @@ class Session:
         """The step's metrics, 0-d tensors or numbers: the same names every step, `loss` among them."""
         self.run.log(**values)
 
-    def published(self, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    @property
+    def published(self) -> list[Mapping[str, Any]]:
         """Published numbers of the preset, for the card: where the run is not the preset's, each says why it is not
         compared ("not_compared")."""
         reason = "; ".join(filter(None, (self._not_the_preset(), *(f"extended, {text}" for text in self.run.extended))))
-        return [{**entry, "not_compared": reason} for entry in entries] if reason else list(entries)
+        return [{**entry, "not_compared": reason} for entry in self.reported] if reason else list(self.reported)
 
     def _not_the_preset(self) -> str:
         """Data, budget and settings that differ from the preset's, in a phrase; empty if none does."""
@@ -230,18 +258,21 @@ class ImageSession(Session):
         presets: Presets,
         views: ViewRecipe,
         *,
+        published: Published = MappingProxyType({}),
         split: str = "train",
         protocols: Sequence[str] = DEFAULT,
         finetuning: Recipe = DEFAULTS,
     ):
-        """protocols: of the evaluation, for which --eval-protocols may name others; finetuning: of finetune, lowshot.
+        """protocols: of the evaluation, for which --eval-protocols may name others; a run that is its preset's adds
+        those of the `published` numbers. finetuning: of finetune, lowshot.
 
         Raises UserError as `Session` does, and where the data cannot be had or is too small for the batch.
         """
-        super().__init__(cfg, method, preset, presets)
+        super().__init__(cfg, method, preset, presets, published=published)
         self.recipe = views
         self._features: Features | None = None
-        self.protocols, self.finetuning = tuple(cfg.eval_protocols or protocols), finetuning
+        self._multiply_adds = 0  # of the backbone on all views of an image, for a plan
+        self.finetuning = finetuning
         self._notice = once(self.print)
         self.train = self._open(split, limit=cfg.limit, hold_out="never" if cfg.eval_data else "labeled")
         scored = bool(cfg.eval or cfg.knn_every)
@@ -260,11 +291,15 @@ class ImageSession(Session):
             workers=cfg.workers,
         )
         self.set_length(cfg.epochs * self.loader.steps_per_epoch, self.loader.steps_per_epoch)
+        papers = [] if self._not_the_preset() else protocols_of(self.reported)
+        self.protocols = tuple(cfg.eval_protocols or dict.fromkeys((*protocols, *papers)))
         self._views: list[Tensor] = []
         torch.manual_seed(cfg.seed)
 
     def init_from(self, backbone: nn.Module, others: Mapping[str, Tensor] | None = None) -> None:
         super().init_from(backbone, others)
+        if self.cfg.plan:  # before anything is compiled
+            self._multiply_adds = sum(multiply_adds(backbone, view.size) for view in self.recipe.views)
         view, weights = self.recipe.views[0], self.initial_weights or {}
         own = {"mean": list(view.mean), "std": list(view.std)}
         if weights.get("inputs", own) != own:
@@ -275,8 +310,11 @@ class ImageSession(Session):
         self, split: str, *, limit: int = 0, hold_out: HoldOut = "always", judged: bool = False
     ) -> ImageStore | ImageStream:
         cfg = self.cfg
+        spec = cfg.eval_data if judged else cfg.data
+        if cfg.plan == "short" and (known := known_data(spec, split, limit or None)):
+            return known
         return open_data(
-            cfg.eval_data if judged else cfg.data,
+            spec,
             split,
             limit=limit or None,
             image_size=cfg.image_size,
@@ -323,18 +361,25 @@ class ImageSession(Session):
     ) -> None:
         """As of a `Session`, and say which protocols the data cannot serve; data: the images that the session has
         opened, unless given."""
+        impossible: Mapping[str, str] = {}
+        if self.cfg.eval and self.test is not None:
+            impossible = cannot_run(self.protocols, self.probed, self.test, self.finetuning)
         common = {
-            "training images": f"{len(self.train)} of {self.train.name}",
+            "training images": f"{len(self.train):,} of {self.train.name}",
             **({"judged on": self.probed.name} if self.cfg.eval_data else {}),
-            "steps": f"{self.total_steps} = {self.cfg.epochs} epochs x {self.steps_per_epoch}",
-            "batch": f"{self.cfg.batch_size} = {self.num_processes} processes x {self.local_batch}",
+            **({"evaluated by": ", ".join(p for p in self.protocols if p not in impossible)} if self.cfg.eval else {}),
+            "steps": f"{self.total_steps:,} = {self.cfg.epochs} epochs x {self.steps_per_epoch}; "
+            f"batch {self.cfg.batch_size} = {self.num_processes} processes x {self.local_batch}",
         }
         if data is None:
             opened = {TRAIN: self.train, PROBED: self.probed if self._probed_known else None, TEST: self.test}
             data = {use: store for use, store in opened.items() if store is not None}
+        if self._multiply_adds:
+            costs = {"batch_size": self.cfg.batch_size, "steps_per_epoch": self.steps_per_epoch}
+            common["estimate"] = estimate(self._multiply_adds, steps=self.total_steps, **costs)
         super().start(plan={**common, **plan, "views": self.recipe.describe()}, data=data, checks=checks, **stateful)
-        if self.evaluates and self.test is not None:
-            for name, reason in cannot_run(self.protocols, self.probed, self.test, self.finetuning).items():
+        if self.evaluates:
+            for name, reason in impossible.items():
                 if name != "factors" or self.cfg.eval_protocols:
                     self.print(f"NOTE {name} will not be run: {reason}.")
         warmup = getattr(self.cfg, "warmup_epochs", 0)
@@ -385,7 +430,6 @@ class ImageSession(Session):
         self,
         *,
         signals: Mapping[str, str],
-        published: Sequence[Mapping] = (),
         references: Mapping[str, tuple[float, str]] | None = None,
         extra_sections: Sequence[tuple[str, str]] = (),
         extra_rows: Sequence[dict] = (),
@@ -403,7 +447,7 @@ class ImageSession(Session):
             test=self.test,
             pretrained_on=self.train if self._judged_elsewhere else None,
             recipe=self.recipe,
-            published=self.published(published),
+            published=self.published,
             signals=signals,
             references=references,
             extra_sections=extra_sections,

@@ -22,8 +22,11 @@ import methods
 from common.backbones import load_backbone
 from common.cli import field_docs, parse, run_cli
 from common.config import ResNetConfig
+from common.data import known_data
 from common.errors import UserError
+from common.html import duration
 from common.log import read_metrics
+from common.plan import estimate
 from methods.dino.config import PRESETS as DINO
 from methods.simclr.config import PRESETS, Config
 from tests.processes import run_command
@@ -131,11 +134,67 @@ def test_options_of_vits_are_refused_elsewhere(fails, tmp_path):
 
 
 def test_plan_prints_sources_and_writes_nothing(tmp_path):
-    code, text = run_command(SIMCLR, "smoke", "--plan", "--out", tmp_path, "--temperature", 0.3, log=tmp_path / "log")
+    words = ("smoke", "--plan", "full", "--out", tmp_path, "--temperature", 0.3)
+    code, text = run_command(SIMCLR, *words, log=tmp_path / "log")
     assert code == 0, text
     for word in ("temperature", "0.3", "flag", "preset", "default", "App.", "peak learning rate", "images/s", "GiB"):
         assert word in text, word
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "expected"),
+    [
+        (
+            "simclr",
+            "cifar10-r18",
+            [
+                "50,000 of cifar10",
+                "97,000 = 1000 epochs x 97",
+                "11.5 M trained",
+                "6 x 1,111 MMAC x 512",
+                "91.0 linear-",
+            ],
+        ),
+        (
+            "dino",
+            "imagenet-vits",
+            ["1,281,167 of imagenet-1k", "knn, linear, metrics, linear-augmented", "77.0"],
+        ),
+        ("mae", "imagenette-vits", ["9,469 of imagenette", "two CPU cores", "batch_size 256"]),
+        ("amdim", "stl10", ["105,000 of stl10", "94.2 linear-augmented", "split train+unlabeled"]),
+        ("dim", "stl10", ["100,000 of stl10", "72.57 conv-mlp", "knn, linear, metrics"]),
+    ],
+)
+def test_known_data_are_planned_without_them_on_a_screen(method, preset, expected, tmp_path):
+    words = (preset, "--plan", "--seed", 3, "--out", tmp_path)
+    code, text = run_command(f"methods.{method}.train", *words, log=tmp_path / "log", before=offline)
+    assert code == 0, text
+    lines, said = text.splitlines(), " ".join(text.split())
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80, text
+    for words in (*expected, "set by flags out", "seed 3", "Not measured"):
+        assert words in said, text
+    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+
+
+def offline() -> None:
+    """Any connection ends the process."""
+    sys.addaudithook(lambda event, _: os._exit(9) if event in ("socket.connect", "socket.getaddrinfo") else None)
+
+
+def test_sizes_of_known_data_stand_for_no_other_data(tmp_path):
+    assert known_data("stl10", "unlabeled").labels is None and known_data("cifar10", "dev") is None
+    joined = known_data("stl10", "train+unlabeled", 6_000)
+    assert len(joined) == 6_000 and int((joined.labels >= 0).sum()) == 5_000
+    assert known_data(str(tmp_path)) is None and known_data("pairs") is None
+
+
+def test_an_estimate_is_its_formula():
+    text = estimate(10**9, batch_size=1000, steps=100_000, steps_per_epoch=1000)
+    seconds = 6 * 1e9 * 1000 / (0.2 * 312e12)  # a step on an A100
+    assert f"A100 {duration(1000 * seconds)}, {duration(100_000 * seconds)};" in text and "two CPU cores" not in text
+    small = estimate(10**6, batch_size=100, steps=10**5, steps_per_epoch=1000)
+    assert "H100 15.0 s, 25 min;" in small and "two CPU cores 3.5 s, 6 min." in small  # no step is shorter on a GPU
 
 
 def test_every_field_has_a_docstring():

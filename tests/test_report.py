@@ -201,6 +201,24 @@ def test_every_section_and_fact(tmp_path):
     assert len(text) < 300_000
 
 
+def test_a_rewritten_report_is_the_one_that_training_would_have_written(tmp_path):
+    """With the rows of a later evaluation, byte for byte; signals and sections of the method stay."""
+    card, names = make_card(), ["disc", "square", "star"]
+    others = dict(signals={"lr": "the rate's story"}, extra_sections=[("Own", "<p>html</p>")], class_names=names)
+    rows = card["evaluations"]
+    for kept in (rows[:1], [row for row in rows if row["protocol"] not in ("label-free", "invariance")]):
+        write(tmp_path, card={**card, "evaluations": kept}, **others)
+        assert report.rewrite_report(tmp_path, card, names) == tmp_path / "report.html"
+        rewritten = (tmp_path / "report.html").read_text()
+        text, page = write(tmp_path, card=card, **others)
+        assert rewritten == text and "the rate's story" in page.said
+
+    assert report.rewrite_report(tmp_path / "elsewhere", card) is None
+    earlier = text.replace("<!-- headline of the card -->", "")
+    (tmp_path / "report.html").write_text(earlier)
+    assert report.rewrite_report(tmp_path, card) is None and (tmp_path / "report.html").read_text() == earlier
+
+
 def test_loads_nothing_from_outside(tmp_path):
     text, page = write(tmp_path)
     assert "http://" not in text and "https://" not in text

@@ -33,14 +33,14 @@ import methods
 from common import environment
 from common.backbones import create_backbone
 from common.checkpoint import steps
-from common.config import ImageDataConfig
+from common.config import ImageDataConfig, published
 from common.data import open_data
 from common.log import TIME_FIELDS, read_metrics
 from common.run import WAIT
 from common.schedules import cosine_schedule
 from eval.card import earlier_card, read_card
 from eval.load import load, random_init
-from eval.protocols import evaluate
+from eval.protocols import DEFAULT, evaluate
 from eval.report import NOT_CURVES, UNEXPLAINED
 from eval.session import ImageSession, Session
 from methods.simclr.augment import two_views
@@ -496,22 +496,71 @@ def test_published_numbers_are_compared_with_the_published_run_alone(tmp_path):
     for entry in card["published"]:
         assert "other data" in entry["not_compared"] and "epochs 1, not 1000" in entry["not_compared"]
     page = (tmp_path / "simclr-cifar10-r18" / "report.html").read_text()
-    assert "not compared" in page and "epochs 1, not 1000" in page and "published: " not in page
+    assert "not compared" in page and "epochs 1, not 1000" in page and ", gap " not in page and "compared" not in card
 
     session = object.__new__(Session)  # the preset itself, whatever changes no number
     session.preset, session.presets, session.total_steps = "cifar10-r18", PRESETS, 97_000
     session.cfg = dataclasses.replace(PRESETS["cifar10-r18"][1], seed=3, out="elsewhere", precision="bf16")
     session.run = SimpleNamespace(extended=[])
     entry = {"value": 1.0, "protocol": "linear", "source": "A paper"}
-    assert session.published([entry]) == [entry]
+    session.reported = [entry]
+    assert session.published == [entry]
     session.run.extended = ["epochs 500 -> 1000 at step 9"]
-    assert session.published([entry]) == [{**entry, "not_compared": "extended, epochs 500 -> 1000 at step 9"}]
+    assert session.published == [{**entry, "not_compared": "extended, epochs 500 -> 1000 at step 9"}]
     session.run.extended = []
     session.cfg = dataclasses.replace(session.cfg, init_from="over/there/w.pth")
-    assert session.published([entry]) == [{**entry, "not_compared": "started from w.pth"}]
+    assert session.published == [{**entry, "not_compared": "started from w.pth"}]
     session.cfg = dataclasses.replace(session.cfg, init_from="")
     session.cfg = dataclasses.replace(session.cfg, max_steps=10)
-    assert session.published([entry]) == [{**entry, "not_compared": "10 of 97000 steps"}]
+    assert session.published == [{**entry, "not_compared": "10 of 97000 steps"}]
+
+
+def publish() -> None:
+    """In the process of a run: numbers for the preset smoke."""
+    importlib.import_module("methods.simclr.config").PUBLISHED["smoke"] = [
+        published(90.0, "knn-20-0.07", "arXiv:0000.00000", "a note"),
+        published(1.0, "knn-200-0.1", "A benchmark"),
+        published(2.0, "conv-mlp", "Another method"),
+    ]
+
+
+def test_the_gap_to_published_numbers_is_said(tmp_path):
+    """By terminal, card and report; after another evaluation card and report say it again."""
+    words = ("smoke", "--eval-protocols", "knn", "--no-eval-baselines", "--out", tmp_path)
+    code, text = run_command(module("simclr"), *words, log=tmp_path / "log", before=publish)
+    assert code == 0, text
+    directory = tmp_path / "simclr-smoke"
+    card, page = read_card(directory / "result.json"), (directory / "report.html").read_text()
+    (near, _), (far, _) = values = [(row["value"], row["protocol"]) for row in card["evaluations"]]
+    assert [protocol for _, protocol in values] == ["knn-20-0.07", "knn-200-0.1"]
+    assert card["compared"] == [
+        f"knn-20-0.07, top-1: paper 90.00, ours {near:.2f}, gap {near - 90:+.2f} (arXiv:0000.00000; a note)",
+        f"knn-200-0.1, top-1: published 1.00, ours {far:.2f}, gap {far - 1:+.2f} (A benchmark)",
+    ]
+    lines = text.splitlines()
+    assert lines[-3:-1] == card["compared"] and lines[-1].startswith("cost: 4 epochs in ")
+    assert all(escape(line) in page.split("</header>")[0] for line in card["compared"])
+
+    (directory / "result.json").write_text(json.dumps({**card, "evaluations": card["evaluations"][:1]}))
+    code, text = run_command("eval.__main__", directory, "--protocols", "knn", log=tmp_path / "log")
+    assert code == 0 and "result.json and " in text, text
+    again = (directory / "report.html").read_text()
+    assert read_card(directory / "result.json")["compared"] == card["compared"]
+    assert all(escape(line) in again.split("</header>")[0] for line in card["compared"])
+    assert "random init" in again and "random init" not in page
+
+
+def test_a_presets_own_run_is_evaluated_as_its_papers_do():
+    _, cfg = PRESETS["smoke"]
+    papers = {"smoke": [published(1.0, "linear-augmented", "A paper"), published(2.0, "knn-20-0.07", "A paper")]}
+
+    def protocols(**changes) -> tuple[str, ...]:
+        changed = dataclasses.replace(cfg, **changes)
+        return ImageSession(changed, "simclr", "smoke", PRESETS, two_views(changed), published=papers).protocols
+
+    assert protocols(seed=3) == (*DEFAULT, "linear-augmented")
+    assert protocols(temperature=0.9) == protocols(max_steps=2) == DEFAULT
+    assert protocols(eval_protocols=("mlp",)) == ("mlp",)
 
 
 def test_a_finished_run_is_lengthened_only_knowingly(tmp_path):

@@ -89,7 +89,7 @@ def compute_loss(
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), split=cfg.split)
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), split=cfg.split, published=PUBLISHED)
     train, classes = session.train, 0
     if cfg.online_probes:
         if train.labels is None or int(train.labels.max()) < 0:
@@ -147,7 +147,6 @@ def main(preset: str, cfg: Config) -> None:
         session.print(f"held-out images: {text}")
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references={name: (level, "chance level") for name, level in levels.items()},
             extra_rows=[held_out_row(found)],
             extra_sections=[held_out_section(found)],

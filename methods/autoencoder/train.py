@@ -78,7 +78,7 @@ def main(preset: str, cfg: Config) -> None:
     corruption = Corruption(
         cfg.variant, cfg.image_size, noise=cfg.noise, mask_ratio=cfg.mask_ratio, patch=cfg.mask_patch, std=cfg.std
     )
-    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg), published=PUBLISHED)
 
     # ---- network ---------------------------------------------------------------------------------------------------
     spec = cfg.resnet_spec(arguments=cfg.vit_arguments())
@@ -125,7 +125,6 @@ def main(preset: str, cfg: Config) -> None:
     if session.evaluates:
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references={"relative_error": (1.0, "the mean image")},
             extra_sections=reconstruction_section(
                 unwrapped, corruption, spec, session.test, seed=cfg.seed, device=session.device

@@ -63,7 +63,7 @@ def compute_loss(model: nn.Module, views: Sequence[Tensor], lambd: float) -> tup
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
 
     # ---- network ---------------------------------------------------------------------------------------------------
     spec = cfg.resnet_spec()
@@ -114,7 +114,6 @@ def main(preset: str, cfg: Config) -> None:
     dimensions = cfg.projector[-1] if cfg.projector else unwrapped.backbone.num_features
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"invariance": (float(dimensions), "uncorrelated views, D")},
     )
 

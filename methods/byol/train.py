@@ -79,7 +79,7 @@ def compute_loss(online: nn.Module, target: nn.Module, views: Sequence[Tensor]) 
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     spec = cfg.resnet_spec(zero_init_last=cfg.zero_init_last)
@@ -132,7 +132,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.encoder.backbone, spec)  # the online network is the paper's result
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (4.0, "unrelated directions")},
     )
 

@@ -111,7 +111,7 @@ def main(preset: str, cfg: Config) -> None:
     jitter, offsets = model.jitter, model.offsets
     side = grid_side(cfg.crop_size, cfg.patch, cfg.stride)
 
-    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg), split=cfg.split)
+    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg), split=cfg.split, published=PUBLISHED)
     session.init_from(model.backbone)
     model = session.place(model, sync_bn=False)
     session.speed_up(model.backbone.blocks)
@@ -184,7 +184,6 @@ def main(preset: str, cfg: Config) -> None:
         session.print(sentence(found))
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references={"loss": (math.log(candidates), "chance level, ln of the candidates")},
             extra_rows=rows_of(found),
             extra_sections=[section(found, cfg.stride, cfg.patch)],

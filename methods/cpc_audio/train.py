@@ -95,7 +95,7 @@ def compute_loss(
 def main(preset: str, cfg: Config) -> None:
     if cfg.eval_protocols or not cfg.eval_baselines:
         raise UserError("sound has one fixed evaluation: --eval-protocols and --no-eval-baselines are for images")
-    session = Session(cfg, METHOD, preset, PRESETS)
+    session = Session(cfg, METHOD, preset, PRESETS, published=PUBLISHED)
     train = open_split(cfg, "train", session)
     test = open_split(cfg, "test", session) if cfg.eval else None
     speakers = train.labels[cfg.speaker_column] if cfg.negatives.startswith("same-speaker") else None
@@ -172,9 +172,7 @@ def main(preset: str, cfg: Config) -> None:
     loader.close()
     session.export(unwrapped.encoder, spec)
     if session.evaluates:
-        finish(
-            session.run, unwrapped, cfg, train=train, test=test, published=session.published(PUBLISHED.get(preset, []))
-        )
+        finish(session.run, unwrapped, cfg, train=train, test=test, published=session.published)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from common.backbones import BackboneSpec
 from common.html import table
 from common.rng import generator
 from common.run import Run
-from eval.card import FILE, merge_rows, read_card, save_card
+from eval.card import FILE, merge_rows, read_card, save_card, with_comparison
 from eval.features import extract_features, frozen, normalizer
+from eval.finish import print_comparison
 from eval.linear import linear_probe
 from eval.load import load, random_init
 from eval.protocols import RANDOM, RAW, cannot_run
+from eval.report import rewrite_report
 from eval.setup import labels_of, top1
 
 from .loss import retrieval, scores
@@ -157,8 +159,8 @@ class LayerReport:
         return [("Layers, and parts found on held-out images", body)]
 
     def add_to_card(self) -> None:
-        """Append the rows to result.json: the exported layer's linear probe under its layer's name too, and the raw
-        pixels of that probe beside the other layers'."""
+        """Append the rows to result.json and the report: the exported layer's linear probe under its layer's name too,
+        and the raw pixels of that probe beside the other layers'."""
         path = self.run.directory / FILE
         card = read_card(path)
         exported = self.spec.arguments["output"]
@@ -169,6 +171,9 @@ class LayerReport:
                     other["baselines"] = {**raw, **other["baselines"]}
             self.rows.append({**row, "protocol": f"{exported}-linear"})
         card["evaluations"] = merge_rows(card["evaluations"], self.rows)
+        card = with_comparison(card)
         save_card(path, card)
+        rewrite_report(self.run.directory, card, self.test.class_names)
         for row in self.rows:
             self.run.print(f"{row['protocol']}, {row['target']}: {row['value']:.1f} %")
+        print_comparison(self.run, card)

@@ -66,7 +66,7 @@ def compute_loss(model: nn.Module, images: Tensor, cfg: Config) -> tuple[Tensor,
 
 def main(preset: str, cfg: Config) -> None:
     check(cfg)
-    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg), split=cfg.split)
+    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg), split=cfg.split, published=PUBLISHED)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     model, spec = build(cfg)
@@ -126,7 +126,6 @@ def main(preset: str, cfg: Config) -> None:
         report.measure(unwrapped, batch=cfg.batch_size)
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references=references(cfg),
             extra_sections=report.sections(),
         )

@@ -89,7 +89,7 @@ def compute_loss(
 
 def main(preset: str, cfg: Config) -> None:
     cfg.check()
-    session = ImageSession(cfg, METHOD, preset, PRESETS, multi_crop(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, multi_crop(cfg), published=PUBLISHED)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     student, spec = build(cfg)
@@ -167,7 +167,6 @@ def main(preset: str, cfg: Config) -> None:
         chance = chance_level(cfg.out_dim)
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references={"loss": (chance, "ln K"), "teacher_entropy": (chance, "ln K: uniform")},
             extra_sections=attention_section(session.run.directory, session.test),
         )

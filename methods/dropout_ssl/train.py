@@ -111,7 +111,7 @@ def main(preset: str, cfg: Config) -> None:
     arm = ARMS[cfg.arm]
     copies = arm.copies or cfg.copies
     records = cfg.batch_size // copies  # of a step, so that all arms cost the same forward passes
-    session = Session(cfg, METHOD, preset, PRESETS, batch_size=records)
+    session = Session(cfg, METHOD, preset, PRESETS, published=PUBLISHED, batch_size=records)
     train, test = (open_split(cfg, split, session) for split in ("train", "test"))
 
     # ---- records: labeled ones, and in which order a step visits them ----------------------------------------------
@@ -240,7 +240,7 @@ def main(preset: str, cfg: Config) -> None:
                 train=train.store,
                 test=test.store,
                 recipe=views,
-                published=session.published(PUBLISHED.get(preset, [])),
+                published=session.published,
                 signals=SIGNALS,
                 extra_sections=[measured_section(session.run)],
             )

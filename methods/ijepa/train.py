@@ -94,7 +94,7 @@ def main(preset: str, cfg: Config) -> None:
     if cfg.schedule_scale < 1:
         raise UserError(f"--schedule-scale {cfg.schedule_scale}: schedules that end before the run would turn around")
 
-    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, one_view(cfg), published=PUBLISHED)
     session.init_from(model.encoder.backbone)
     target = make_teacher(model.encoder).to(session.device)  # before DDP, from one seed: the same in all processes
     if cfg.compile:  # context lengths change from step to step
@@ -171,7 +171,6 @@ def main(preset: str, cfg: Config) -> None:
     if session.evaluates:
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references={"relative_error": (1.0, "the mean of the same patch")},
             extra_sections=mask_section(session.test, cfg.image_size, masks, cfg.seed),
         )

@@ -79,6 +79,7 @@ def main(preset: str, cfg: Config) -> None:
         preset,
         PRESETS,
         one_view(cfg),
+        published=PUBLISHED,
         protocols=(*DEFAULT, "lowshot") if cfg.lowshot else DEFAULT,  # MAE is judged by fine-tuning
         finetuning=Recipe(labels=cfg.lowshot, epochs=cfg.lowshot_epochs) if cfg.lowshot else DEFAULTS,
     )
@@ -160,7 +161,6 @@ def main(preset: str, cfg: Config) -> None:
         gallery.snapshot(unwrapped, session.run.last_step)
         session.evaluate(
             signals=SIGNALS,
-            published=PUBLISHED.get(preset, []),
             references={"relative_error": (1.0, "each image's visible mean")},
             extra_sections=gallery.sections(unwrapped, cfg.report_ratios),
         )

@@ -71,7 +71,7 @@ def compute_loss(model: nn.Module, views: Sequence[Tensor], cfg: Config) -> tupl
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
     cfg.check_micro_batch(session.local_batch)
 
     # ---- network ---------------------------------------------------------------------------------------------------
@@ -135,7 +135,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.backbone, spec)
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (chance_level(cfg.batch_size), "chance level, ln(2B - 1)")},
     )
 

@@ -85,7 +85,7 @@ def compute_loss(
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
 
     # ---- network ---------------------------------------------------------------------------------------------------
     model, spec = build(cfg)
@@ -132,7 +132,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.backbone, spec)
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (chance_level(cfg.batch_size), "chance level, ln(2B - 1)")},
     )
 

@@ -85,7 +85,7 @@ def compute_loss(
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
 
     # ---- network ---------------------------------------------------------------------------------------------------
     spec = cfg.resnet_spec()
@@ -129,7 +129,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.backbone, spec)
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (-1.0, "all projections equal: collapse")},
     )
 

@@ -80,7 +80,7 @@ def compute_loss(
 
 def main(preset: str, cfg: Config) -> None:
     cfg.check()
-    session = ImageSession(cfg, METHOD, preset, PRESETS, multi_crop(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, multi_crop(cfg), published=PUBLISHED)
 
     # ---- network ---------------------------------------------------------------------------------------------------
     sizes = (cfg.image_size, cfg.local_size) if cfg.local_views else (cfg.image_size,)
@@ -154,7 +154,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.backbone, spec)
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (chance_level(cfg.prototypes), "chance level, ln K")},
     )
 

@@ -67,7 +67,7 @@ def compute_loss(model: nn.Module, views: Sequence[Tensor], cfg: Config) -> tupl
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
 
     # ---- network ---------------------------------------------------------------------------------------------------
     spec = cfg.resnet_spec()
@@ -112,7 +112,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.backbone, spec)
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (0.99 * cfg.variance_weight, "collapse: constant projections"), "std": (1.0, "the hinge")},
     )
 
