@@ -199,14 +199,20 @@ def test_killed_at_file_events_is_bit_identical(uninterrupted, tmp_path):
 def test_killed_many_times_is_bit_identical(method, uninterrupted, tmp_path):
     """Ten times at a step, ten times at a file event."""
     reference = uninterrupted(method)
-    directory, dice = tmp_path / f"{method}-smoke", random.Random(1)
-    arguments = (module(method), "smoke", "--out", tmp_path, "--no-eval")
+    directory, dice, found = tmp_path / f"{method}-smoke", random.Random(1), 0
+    metrics = directory / "metrics.jsonl"
     lines = [line["step"] for line in read_metrics(reference / "metrics.jsonl") if "loss" in line]
-    for attempt in range(10):
-        command = Command(*arguments, log=tmp_path / f"log{attempt}")
-        command.kill_at(dice.choice(lines[:-1]), directory / "metrics.jsonl")
-        assert command.wait() == -signal.SIGKILL, command.output()
-    code, text = run_command(*arguments, log=tmp_path / "last")
+    while found < 10:
+        done = [line["step"] for line in read_metrics(metrics)] if metrics.exists() else []
+        command = Command(module(method), "smoke", "--out", tmp_path, "--no-eval", log=tmp_path / "log")
+        command.kill_at(dice.choice([step for step in lines if step > max(done, default=0)] or lines), metrics)
+        if command.wait() == 0:  # the kill came too late
+            assert_identical(directory, reference)
+            shutil.rmtree(directory)
+        else:
+            assert command.wait() == -signal.SIGKILL, command.output()
+            found += 1
+    code, text = run_command(module(method), "smoke", "--out", tmp_path, "--no-eval", log=tmp_path / "last")
     assert code == 0, text
     assert_identical(directory, reference)
     shutil.rmtree(directory)
