@@ -35,6 +35,7 @@ VARIANTS = {
     "dropout_ssl": [{"arm": arm} for arm in ("A1s", "A2", "A3", "A4", "A5", "A5r", "A7", "A8")],
     "ijepa": [{"loss": "l2"}],
     "mae": [{"masking": masking} for masking in ("block", "grid", "window")],
+    "moco": [{"bn_groups": 0, "symmetric": True}],
     "simclr": [{"micro_batch": 16, "norm": "group"}],
     "swav": [{"queue_start": 0, "queue_length": 64}],
 }

@@ -415,7 +415,13 @@ def test_every_method_loads_before_anything_is_made_of_the_backbone(method):
     assert later and line < min(later)
 
 
-TEACHERS = {"byol": "target", "dino": "teacher", "ijepa": "target"}
+TEACHERS = {
+    "byol": "target",
+    "dino": "teacher",
+    "ijepa": "target",
+    "moco": "key_encoder",
+    "moco_v3": "momentum_encoder",
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
