@@ -83,7 +83,7 @@ def compute_loss(
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
     cfg.check(session.num_processes)
 
     # ---- networks and queue ----------------------------------------------------------------------------------------
@@ -146,7 +146,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.backbone, spec)  # of the queries
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (chance_level(cfg.queue_length), "chance level, ln(1 + K)")},
     )
 

@@ -105,7 +105,7 @@ def compute_loss(
 
 
 def main(preset: str, cfg: Config) -> None:
-    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg))
+    session = ImageSession(cfg, METHOD, preset, PRESETS, two_views(cfg), published=PUBLISHED)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     encoder, spec = build(cfg)
@@ -159,7 +159,6 @@ def main(preset: str, cfg: Config) -> None:
     session.export(unwrapped.encoder.backbone, spec)  # the base encoder
     session.evaluate(
         signals=SIGNALS,
-        published=PUBLISHED.get(preset, []),
         references={"loss": (chance_level(cfg.batch_size, cfg.temperature), "chance level, 4 T ln B")},
     )
 
