@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.arguments import check
+from common.cli import run_cli
 from common.data import ViewLoader, decode, mean_std, open_data
 from common.views.recipe import ViewRecipe
 from common.views.spec import View
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    check(args, {"seconds": 0})
     mean, std = mean_std("imagenet-1k")
     colors = {
         "color_jitter_prob": 0.8,
@@ -123,4 +126,4 @@ class _CropsOnly:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

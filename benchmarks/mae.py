@@ -16,6 +16,8 @@ from statistics import median
 import torch
 import tyro
 
+from benchmarks.arguments import check, check_preset
+from common.cli import run_cli
 from common.data import ViewLoader, mean_std, open_data
 from common.optim import decay_groups
 from common.rng import generator
@@ -41,6 +43,8 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    check(args, {"batch_size": 0})
+    check_preset("mae", args.preset)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg, batch = PRESETS[args.preset][1], args.batch_size or PRESETS[args.preset][1].batch_size
@@ -100,4 +104,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_cli(lambda: main(tyro.cli(Arguments)))

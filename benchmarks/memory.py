@@ -18,8 +18,11 @@ from typing import Literal
 import torch
 import tyro
 
+from benchmarks.arguments import check, check_preset
 from common.backbones import create_backbone
+from common.cli import run_cli
 from common.environment import peak_memory
+from common.errors import UserError
 from common.memory import checkpoint_blocks, grad_cache_backward
 from methods.simclr.config import PRESETS
 from methods.simclr.train import SimCLR, compute_loss, contrast
@@ -78,6 +81,10 @@ def measure(args: Arguments) -> None:
 
 
 def main(args: Arguments) -> None:
+    check(args)
+    check_preset("simclr", args.preset)
+    if args.batch_size % args.micro_batch:
+        raise UserError(f"--micro-batch {args.micro_batch} does not divide the batch of {args.batch_size}")
     if args.way != "all":
         return measure(args)
     print(f"{args.preset}, batch {args.batch_size} x 2 views, micro-batches of {args.micro_batch}")
@@ -86,4 +93,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_cli(lambda: main(tyro.cli(Arguments, description=__doc__)))

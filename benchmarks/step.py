@@ -25,6 +25,8 @@ import tyro
 from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from benchmarks.arguments import check
+from common.cli import run_cli
 from common.data import ViewLoader
 from common.run import Run
 
@@ -171,6 +173,7 @@ def measure(method: str, args: Arguments, folder: str) -> dict[str, float]:
 
 
 def main(args: Arguments) -> None:
+    check(args, {"steps": WARM + 1})
     torch.set_num_threads(args.threads)
     rows = []
     for method in args.methods:
@@ -194,4 +197,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_cli(lambda: main(tyro.cli(Arguments, description=__doc__)))

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.arguments import check
+from common.cli import run_cli
 from common.rng import generator
 from common.views.recipe import ViewRecipe
 from common.views.spec import View
@@ -147,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip", nargs="*", default=[], help="leave these out, e.g. compiled")
     options = parser.parse_args()
+    check(options)
     for size in options.sizes:
         batch = 256 if size < 96 else 16
         if options.device != "cpu":
@@ -162,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)
