@@ -14,20 +14,22 @@ POSITIVE = frozenset(
     min_keep decoder_depth decoder_dim decoder_heads decoder_width blocks patch mask_patch mask_window copies
     crop_scale crop_area global_crop_scale local_crop_scale local_scale context_scale target_scale target_aspect
     mi_units ndf y_dim n_rkhs n_depth context context_width context_depth prediction_steps negative_count
-    num_negatives schedule_scale layer_decay measured""".split()
+    num_negatives schedule_scale layer_decay measured patch_std""".split()
 )
 """Fields that are above 0, or whose every number is."""
 AT_MOST_1 = frozenset(
     """ema_momentum ema_momentum_end center_momentum momentum color_jitter_prob grayscale flip solarize blur
     mask_ratio drop_path crop_scale crop_area global_crop_scale local_crop_scale local_scale context_scale
-    target_scale layer_decay p pretrain_share weight_decay weight_decay_end""".split()
+    target_scale layer_decay p pretrain_share weight_decay weight_decay_end betas""".split()
 )
-"""Momenta, probabilities, shares of an area, and weight decays."""
+"""Momenta, probabilities, shares of an area, and weight decays. Adam's betas are below 1."""
 AT_MOST_1000 = frozenset(
     """layers projector_layers head_layers depth n_depth context_depth decoder_depth predictor_depth copies draws
     prediction_steps local_views blocks masks sinkhorn_iterations""".split()
 )
 """What is built or drawn one by one, so that nothing else would stop a number with too many zeros."""
+PIXELS = frozenset("image_size local_size crop_size patch patch_size patch_crop mask_patch".split())
+MOST_PIXELS = 8192
 LARGEST = 1e30  # float32 holds it
 LARGEST_WHOLE = 1 << 53  # JSON and float64 hold it exactly
 SEEDS = range(-(1 << 63), 1 << 64)  # what torch.manual_seed takes
@@ -50,8 +52,12 @@ def bound_of(name: str, kind: type) -> str:
     """The bounds of a field of ints or floats, as --help shows them."""
     if name == "seed":
         return "64 bits"
+    if name == "betas":
+        return ">= 0, below 1"
     if name in AT_MOST_1:
         return "> 0, at most 1" if name in POSITIVE else "0 to 1"
+    if name in PIXELS:
+        return f"{1 if name in POSITIVE else 0} to {MOST_PIXELS}"
     if name in AT_MOST_1000:
         return "1 to 1000" if name in POSITIVE else "0 to 1000"
     return (">= 1" if kind is int else "> 0") if name in POSITIVE else ">= 0"
@@ -67,8 +73,12 @@ def problem(name: str, number: int | float) -> str:
         return "above 0" if isinstance(number, float) else "at least 1"
     if number < 0:
         return "at least 0"
+    if name == "betas" and number == 1:
+        return "below 1"
     if name in AT_MOST_1 and number > 1:
         return "at most 1"
+    if name in PIXELS and number > MOST_PIXELS:
+        return f"at most {MOST_PIXELS}"
     if name in AT_MOST_1000 and number > 1000:
         return "at most 1000"
     largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST

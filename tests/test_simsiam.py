@@ -186,7 +186,7 @@ def test_processes_equal_one(ranks):
                 # z is centered, so the mean of predictor.1's input is zero but for rounding: measure it against 1.
                 scale = 1.0 if name == "predictor.1.running_mean" else value.abs().max().clamp_min(1e-30)
                 worst = (many[name] - value).abs().max() / scale
-                assert worst < (1e-10 if dtype == torch.float64 else 1e-5), (name, dtype, worst)
+                assert worst < (1e-10 if dtype == torch.float64 else 3e-5), (name, dtype, worst)
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def test_processes_equal_one(ranks):
                 exact = dtype == torch.float64 and name != "projection_std"  # a signal, always float32
                 # A bias before a norm has no gradient but rounding.
                 small = name == "projector.0.bias"
-                assert worst < (1e-10 if exact else 1e-5) or small, (name, dtype, worst)
+                assert worst < (1e-10 if exact else 3e-5) or small, (name, dtype, worst)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
