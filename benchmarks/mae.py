@@ -16,13 +16,13 @@ from statistics import median
 import torch
 import tyro
 
-from benchmarks.arguments import check, check_preset
+from benchmarks.arguments import check
 from common.cli import run_cli
 from common.data import ViewLoader, mean_std, open_data
 from common.optim import decay_groups
 from common.rng import generator
+from methods import preset_of
 from methods.mae.augment import one_view
-from methods.mae.config import PRESETS
 from methods.mae.loss import make_targets, masked_error, visible_mean_error
 from methods.mae.masking import keep_count, mask_noise
 from methods.mae.train import build
@@ -44,10 +44,10 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     check(args, {"batch_size": 0})
-    check_preset("mae", args.preset)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg, batch = PRESETS[args.preset][1], args.batch_size or PRESETS[args.preset][1].batch_size
+    cfg = preset_of("mae", args.preset)
+    batch = args.batch_size or cfg.batch_size
     mean, std = mean_std(cfg.normalize)
     model = build(cfg, mean, std)[0].to(device)
     vit, decoder = model.backbone, model.decoder

@@ -10,7 +10,7 @@ resident set from before the first step; on a GPU the allocator's peak.
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Literal
@@ -18,13 +18,12 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks.arguments import check, check_preset
+from benchmarks.arguments import check
 from common.backbones import create_backbone
 from common.cli import run_cli
 from common.environment import peak_memory
-from common.errors import UserError
 from common.memory import checkpoint_blocks, grad_cache_backward
-from methods.simclr.config import PRESETS
+from methods import preset_of
 from methods.simclr.train import SimCLR, compute_loss, contrast
 
 
@@ -47,7 +46,7 @@ class Arguments:
 def measure(args: Arguments) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = PRESETS[args.preset][1]
+    cfg = preset_of("simclr", args.preset)
     model = SimCLR(create_backbone(cfg.resnet_spec(norm=cfg.norm)), cfg.projector_dim, cfg.norm)
     model = model.to(device, memory_format=torch.channels_last)
     if args.way == "activation-checkpointing":
@@ -82,9 +81,7 @@ def measure(args: Arguments) -> None:
 
 def main(args: Arguments) -> None:
     check(args)
-    check_preset("simclr", args.preset)
-    if args.batch_size % args.micro_batch:
-        raise UserError(f"--micro-batch {args.micro_batch} does not divide the batch of {args.batch_size}")
+    replace(preset_of("simclr", args.preset), micro_batch=args.micro_batch).check_micro_batch(args.batch_size)
     if args.way != "all":
         return measure(args)
     print(f"{args.preset}, batch {args.batch_size} x 2 views, micro-batches of {args.micro_batch}")

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.arguments import check
 from common import rng
 from common.backbones import create_backbone, export_backbone
 from common.cli import run_cli
@@ -60,6 +61,7 @@ from common.optim import LARC
 from eval.compare import update_between_markers
 from eval.load import load
 from eval.protocols import evaluate
+from methods import preset_of
 
 if TYPE_CHECKING:
     from benchmarks.lightly_methods import Peer
@@ -206,7 +208,7 @@ def compare(method: str, args: Arguments, folder: Path) -> dict[str, Any]:
     """Train and score both sides."""
     from benchmarks.lightly_methods import METHODS as PEERS
 
-    preset = importlib.import_module(f"methods.{method}.config").PRESETS[PRESET][1]
+    preset = preset_of(method, PRESET)
     cfg = replace(
         preset,
         epochs=args.epochs,
@@ -295,8 +297,7 @@ def by_workers(epochs: list[dict[str, Any]], name: str, workers: int) -> float |
 def main(args: Arguments) -> None:
     if unknown := set(args.methods) - set(METHODS):
         raise UserError(f"no counterpart of {', '.join(sorted(unknown))}: choose among {', '.join(METHODS)}")
-    if args.epochs < 1:
-        raise UserError(f"--epochs {args.epochs}: at least one is needed")
+    check(args, {"limit": 0, "seed": 0})
     results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     if not args.show:
         try:

@@ -29,6 +29,7 @@ from benchmarks.arguments import check
 from common.cli import run_cli
 from common.data import ViewLoader
 from common.run import Run
+from methods import preset_of
 
 OWN = ("ema_update", "sinkhorn", "update_center")  # what a method does besides networks, loss and optimizer
 WARM = 5  # steps not counted
@@ -179,7 +180,7 @@ def main(args: Arguments) -> None:
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             seconds = measure(method, args, folder)
-        batch = importlib.import_module(f"methods.{method}.config").PRESETS[args.preset][1].batch_size
+        batch = preset_of(method, args.preset).batch_size
         whole = seconds.pop("whole")
         networks = whole - sum(seconds.values()) + seconds.pop("backward")
         shares = {"networks": networks} | seconds

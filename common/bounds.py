@@ -20,16 +20,18 @@ POSITIVE = frozenset(
 AT_MOST_1 = frozenset(
     """ema_momentum ema_momentum_end center_momentum momentum color_jitter_prob grayscale flip solarize blur
     mask_ratio drop_path crop_scale crop_area global_crop_scale local_crop_scale local_scale context_scale
-    target_scale layer_decay p pretrain_share weight_decay weight_decay_end betas""".split()
+    target_scale layer_decay p pretrain_share weight_decay weight_decay_end""".split()
 )
-"""Momenta, probabilities, shares of an area, and weight decays. Adam's betas are below 1."""
+"""Momenta, probabilities, shares of an area, and weight decays."""
+BELOW_1 = frozenset(["betas"])
 AT_MOST_1000 = frozenset(
     """layers projector_layers head_layers depth n_depth context_depth decoder_depth predictor_depth copies draws
     prediction_steps local_views blocks masks sinkhorn_iterations""".split()
 )
 """What is built or drawn one by one, so that nothing else would stop a number with too many zeros."""
 PIXELS = frozenset("image_size local_size crop_size patch patch_size patch_crop mask_patch".split())
-MOST_PIXELS = 8192
+MOST = dict.fromkeys(AT_MOST_1, 1) | dict.fromkeys(AT_MOST_1000, 1000) | dict.fromkeys(PIXELS, 8192)
+"""The largest value of a field, where there is one of its own."""
 LARGEST = 1e30  # float32 holds it
 LARGEST_WHOLE = 1 << 53  # JSON and float64 hold it exactly
 SEEDS = range(-(1 << 63), 1 << 64)  # what torch.manual_seed takes
@@ -52,14 +54,12 @@ def bound_of(name: str, kind: type) -> str:
     """The bounds of a field of ints or floats, as --help shows them."""
     if name == "seed":
         return "64 bits"
-    if name == "betas":
+    if name in BELOW_1:
         return ">= 0, below 1"
-    if name in AT_MOST_1:
-        return "> 0, at most 1" if name in POSITIVE else "0 to 1"
-    if name in PIXELS:
-        return f"{1 if name in POSITIVE else 0} to {MOST_PIXELS}"
-    if name in AT_MOST_1000:
-        return "1 to 1000" if name in POSITIVE else "0 to 1000"
+    if name in MOST and kind is float:
+        return f"> 0, at most {MOST[name]}" if name in POSITIVE else f"0 to {MOST[name]}"
+    if name in MOST:
+        return f"{1 if name in POSITIVE else 0} to {MOST[name]}"
     return (">= 1" if kind is int else "> 0") if name in POSITIVE else ">= 0"
 
 
@@ -73,13 +73,7 @@ def problem(name: str, number: int | float) -> str:
         return "above 0" if isinstance(number, float) else "at least 1"
     if number < 0:
         return "at least 0"
-    if name == "betas" and number == 1:
-        return "below 1"
-    if name in AT_MOST_1 and number > 1:
-        return "at most 1"
-    if name in PIXELS and number > MOST_PIXELS:
-        return f"at most {MOST_PIXELS}"
-    if name in AT_MOST_1000 and number > 1000:
-        return "at most 1000"
-    largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
-    return f"at most {largest:g}" if number > largest else ""
+    if name in BELOW_1:
+        return "below 1" if number >= 1 else ""
+    most = MOST.get(name, LARGEST_WHOLE if isinstance(number, int) else LARGEST)
+    return f"at most {most:g}" if number > most else ""

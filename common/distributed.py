@@ -6,7 +6,7 @@ backward pass sums over processes and then takes the local slice, as it does her
 gradients; `torch.distributed.nn.functional` is deprecated.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -259,12 +259,15 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
 
     Call before `accelerator.prepare`. (torch's own conversion loses the activation of timm's BatchNormAct2d.)
     """
-    if world_size() == 1:
-        return module
+    return module if world_size() == 1 else replace_batchnorm(module, SyncBatchNorm)
+
+
+def replace_batchnorm(module: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
+    """`module` with `make(norm)` in the place of every BatchNorm, in the mode of the one before."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm | BatchNormAct2d):
-        return SyncBatchNorm(module).train(module.training)
+        return make(module).train(module.training)
     for name, child in module.named_children():
-        setattr(module, name, sync_batchnorm(child))
+        setattr(module, name, replace_batchnorm(child, make))
     return module
 
 

@@ -18,11 +18,13 @@ from common.html import duration
 
 WIDTH, INDENT = 80, 20  # columns of a short plan, and of the names in it
 UTILIZATION = 0.2
-"""Share of a GPU's peak that training reaches: ResNet-50 at about 2,500 images/s of 224 px on an A100."""
+"""Share of a GPU's peak that training reaches: ResNet-50 at about 2,500 images/s of 224 px on an A100, a figure from
+memory."""
 PEAKS = {"A100": 312, "H100": 989, "RTX 4090": 165}
 """TFLOP/s of dense bfloat16 products, by the data sheets."""
-CPU_RATE = 0.17
-"""TFLOP/s of two idle cores of an AMD EPYC, as measured: SimCLR's cifar10-cpu at 1,523 images/s (README, Speed)."""
+CPU_RATE = 0.076
+"""TFLOP/s of two idle cores of an AMD EPYC, as measured: two views through 4.153 MMAC at 1,523 images/s (README,
+Speed)."""
 SHORTEST_STEP = 0.015  # seconds, on a GPU: small networks wait for their kernels to be launched
 
 

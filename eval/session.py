@@ -58,7 +58,7 @@ SAME_NUMBERS = frozenset(
 """Settings besides `RESUMABLE_FIELDS` with which a run is still its preset's."""
 
 
-TOTALS = ("training images", "judged on", "steps", "batch", "parameters", "estimate", "evaluated by", "published")
+TOTALS = ("training images", "judged on", "steps", "parameters", "estimate", "evaluated by", "published")
 """What a plan begins with."""
 OTHER_DATA = {"data": "other data", "eval_data": "judged on other data"}  # a path says nothing elsewhere
 

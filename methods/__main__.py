@@ -6,14 +6,11 @@ import ast
 import difflib
 import runpy
 import sys
-from pathlib import Path
 
 from common.cli import run_cli
 from common.errors import UserError
 
-from . import LISTING, list_presets
-
-HERE = Path(__file__).parent
+from . import HERE, LISTING, list_presets
 
 
 def listing() -> dict[str, str]:

@@ -7,7 +7,6 @@ Every run is a method's own command with its own evaluation. Stop it at will: th
 finished and continues the one that was stopped.
 """
 
-import importlib
 import itertools
 import re
 import shlex
@@ -29,6 +28,7 @@ from common.log import read_metrics
 from eval.card import FILE, Card, load_cards, read_card, save_card
 from eval.compare import build, comparable, html, markdown, select, unmatched_published
 from eval.figures import styled, tag
+from methods import presets_of
 
 from .cards import Cards
 from .study import Queue, Run, Runs, collect, commands, directory_name, items
@@ -95,7 +95,7 @@ def _values(text: str) -> tuple[str, list[str]]:
 def _read(method: str, preset: str, name: str, text: str) -> object:
     """The field's value as the method's own command line reads it: "0.1", "true", or ".2 1" for several numbers."""
     flag = name.replace("_", "-")
-    presets = importlib.import_module(f"methods.{method}.config").PRESETS
+    presets = presets_of(method)
     words = [f"--{flag}", *text.split()]
     if isinstance(getattr(presets[preset][1], name), bool):
         if text.lower() not in ("true", "false"):

@@ -31,6 +31,7 @@ from common.files import rounded, write_atomic
 from common.html import duration
 from common.sources import GENERATED
 from eval.card import FILE
+from methods import preset_of
 
 from .cards import Cards
 
@@ -38,7 +39,6 @@ PROTOCOLS = ("knn", "linear", "metrics", "factors", "rotation")
 """What every run is scored by, unless its study has its own list."""
 ROWS = {"knn": "knn-", "metrics": "label-free", "factors": "factor-"}
 """How the names of a protocol's rows begin, where it is not the protocol's name."""
-METHODS_FOLDER = Path(__file__).parents[1] / "methods"
 MOST_JOBS = 8  # at a time, unless asked for: each holds the data and a network
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 # On Linux a run ends with its queue, even if that is killed by SIGKILL: the kernel then sends the run SIGTERM (option 1
@@ -67,12 +67,10 @@ class Run:
 
     def config(self, seed: int):
         """The method's config with the fields applied. Raises UserError for a method, preset or field unknown to it."""
-        if not (METHODS_FOLDER / self.method / "config.py").exists():
-            raise UserError(f"run {self.name}: there is no methods/{self.method}")
-        presets = importlib.import_module(f"methods.{self.method}.config").PRESETS
-        if self.preset not in presets:
-            raise UserError(f"run {self.name}: {self.method} has no preset {self.preset}")
-        default = presets[self.preset][1]
+        try:
+            default = preset_of(self.method, self.preset)
+        except UserError as error:
+            raise UserError(f"run {self.name}: {error}") from None
         unknown = [name for name in self.fields if not hasattr(default, name)]
         if unknown:
             raise UserError(f"{self.method} has no field {', '.join(unknown)}")

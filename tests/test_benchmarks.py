@@ -15,7 +15,7 @@ from tests.processes import run_command
         ("step", ("--methods", "mae", "--preset", "nope"), "mae has no preset nope: it has quickstart"),
         ("memory", ("--batch-size", 0), "--batch-size is 0: it must be at least 1"),
         ("memory", ("--micro-batch", 0), "--micro-batch is 0: it must be at least 1"),
-        ("memory", ("--micro-batch", 100), "--micro-batch 100 does not divide the batch of 2048"),
+        ("memory", ("--micro-batch", 100), "--micro-batch 100 does not divide the 2048 images of a process"),
         ("memory", ("--preset", "nope"), "simclr has no preset nope"),
         ("mae", ("--rounds", -1), "--rounds is -1: it must be at least 1"),
         ("mae", ("--preset", "nope"), "mae has no preset nope"),

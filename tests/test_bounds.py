@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import methods
-from common.bounds import AT_MOST_1, AT_MOST_1000, PIXELS, POSITIVE, bound_of, check_numbers, problem
+from common.bounds import AT_MOST_1, AT_MOST_1000, BELOW_1, MOST, PIXELS, POSITIVE, bound_of, check_numbers, problem
 from common.cli import field_docs, parse
 from common.errors import UserError
 from tests.processes import run_command
@@ -42,7 +42,7 @@ def test_every_preset_is_within_bounds_and_no_field_takes_nonsense(method):
         bad += [1.5, 1e30] if field.name in AT_MOST_1 else []
         bad += [1001] if field.name in AT_MOST_1000 else []
         bad += [8193] if field.name in PIXELS else []
-        bad += [1.0] if field.name == "betas" else []
+        bad += [1.0, 1.5] if field.name in BELOW_1 else []
         bad += [(1 << 53) + 1] if isinstance(value[-1] if several else value, int) else []
         for number in bad:
             wrong = (*value[:-1], number) if several else number
@@ -96,7 +96,7 @@ def test_what_help_says_is_what_is_checked(name, kind, words, inside, outside):
 
 def test_every_bound_is_of_a_field():
     fields = {f.name for method in METHODS for f in dataclasses.fields(presets(method)["smoke"])}
-    assert fields >= POSITIVE and fields >= AT_MOST_1 and fields >= AT_MOST_1000 | PIXELS
+    assert fields >= POSITIVE | BELOW_1 and fields >= MOST.keys()
 
 
 def test_seeds_have_64_bits():

@@ -57,7 +57,7 @@ def test_the_package_that_is_missing_is_named(tmp_path, capsys):
 def test_mistakes_are_explained(tmp_path):
     with pytest.raises(UserError, match="no counterpart of mae"):
         peer.main(peer.Arguments(methods=("mae",)))
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="--epochs is 0: it must be at least 1"):
         peer.main(peer.Arguments(epochs=0))
     with pytest.raises(UserError, match="measure first"):
         peer.main(peer.Arguments(show=True, out=tmp_path / "none.json"))

@@ -81,11 +81,11 @@ def compute_loss(
     """
     f1, f5, f7, logits = model(*views, noise)  # [2, n, R], [2, n, 25, R], [2, n, 49, R]
     loss, parts = multi_scale(f1, f5, f7, positions, clip=cfg.clip, penalty=cfg.penalty)
-    parts = {"loss": loss.detach(), **parts}
+    parts = {"loss": loss.detach()} | parts
     if noise is not None:
         probes, online = probe_loss(logits, labels)
-        loss, parts = loss + probes, {**parts, **online}
-    return loss, {**parts, "dimensions": effective_dimensions(f1[0].detach())}
+        loss, parts = loss + probes, parts | online
+    return loss, parts | {"dimensions": effective_dimensions(f1[0].detach())}
 
 
 def main(preset: str, cfg: Config) -> None:

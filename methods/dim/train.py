@@ -60,8 +60,8 @@ def compute_loss(model: nn.Module, images: Tensor, cfg: Config) -> tuple[Tensor,
     for name, (summaries, locations) in pairs.items():
         term, signals = information_loss(summaries, locations, cfg.estimator)
         loss = loss + term_weights(cfg)[name] * term
-        parts = {**signals, **parts, f"{name}_loss": term.detach()}  # with both terms, signals are the local one's
-    return loss, {**parts, "y_std": feature_std(y.detach())}, y
+        parts = signals | parts | {f"{name}_loss": term.detach()}  # with both terms, signals are the local one's
+    return loss, parts | {"y_std": feature_std(y.detach())}, y
 
 
 def main(preset: str, cfg: Config) -> None:
@@ -112,7 +112,7 @@ def main(preset: str, cfg: Config) -> None:
             d_optimizer.step()
             prior_loss = fooling_loss(unwrapped_discriminator, codes)  # the encoder's turn
             loss = loss + cfg.gamma * prior_loss
-            parts |= {"prior_loss": prior_loss.detach(), "discriminator_loss": d_loss.detach(), **d_parts}
+            parts |= {"prior_loss": prior_loss.detach(), "discriminator_loss": d_loss.detach()} | d_parts
         optimizer.zero_grad(set_to_none=True)
         session.backward(loss)
         optimizer.step()

@@ -7,13 +7,11 @@ Here the eighths are groups of rows, which one process can hold as well as eight
 """
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import rng
-from common.distributed import SyncBatchNorm, all_gather, all_reduce, rank, world_size
+from common.distributed import SyncBatchNorm, all_gather, all_reduce, rank, replace_batchnorm, world_size
 from common.transfer import to_device
 
 
@@ -46,11 +44,7 @@ class GroupedBatchNorm(SyncBatchNorm):
 
 def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
     """`module` with every BatchNorm taking its statistics over `groups` parts of this process's rows."""
-    if isinstance(module, _BatchNorm | BatchNormAct2d):
-        return GroupedBatchNorm(module, groups).train(module.training)
-    for name, child in module.named_children():
-        setattr(module, name, group_batchnorm(child, groups))
-    return module
+    return replace_batchnorm(module, lambda norm: GroupedBatchNorm(norm, groups))
 
 
 @torch.no_grad()

@@ -132,7 +132,8 @@ def main(preset: str, cfg: Config) -> None:
         views = session.views(step)  # two [n, 3, S, S]
 
         ema_update(key_encoder, unwrapped, ema_momentum)  # before the keys, by the weights of the queries; not buffers
-        loss, parts, keys = compute_loss(model, key_encoder, queue, views, cfg, step)
+        with session.autocast():
+            loss, parts, keys = compute_loss(model, key_encoder, queue, views, cfg, step)
         optimizer.zero_grad(set_to_none=True)
         session.backward(loss)
         optimizer.step()
